@@ -1,0 +1,57 @@
+# Two commands: `make quickstart` and `make test`. Both make .venv first; nothing is installed elsewhere.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+QUICKSTART ?= quickstart/quickstart
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help install system quickstart test lint types unit bench clean
+
+help:
+	@echo "make quickstart   the whole chain at tiny size in the real simulator (QUICKSTART=quickstart/smallest: less)"
+	@echo "make test         lint, types, tests"
+	@echo "make install      only .venv"
+	@echo "make bench        the benchmarks; figures are written to runs/benchmarks"
+
+# The simulator needs Mesa's EGL; said before anything is downloaded.
+system:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null || \
+	  { echo "error: geomcache needs Python 3.11 or 3.12 as PYTHON (now: $(PYTHON))"; exit 2; }
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libEGL.so.1"); ctypes.CDLL("libGL.so.1")' 2>/dev/null || \
+	  { echo "error: the simulator's system library libEGL is missing; install it with:"; \
+	    echo "  apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri"; exit 2; }
+
+install: system $(STAMP)
+
+# depth-anything-3 declares numpy<2 and cannot be resolved together with zarr 3; it works with numpy 2.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[sim,encoders,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps depth-anything-3
+	@touch $(STAMP)
+
+quickstart: install
+	$(BIN)/geomcache quickstart --config $(QUICKSTART)
+
+test: lint types unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+types: install
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/pytest -q
+
+bench: install
+	@mkdir -p runs/benchmarks
+	$(BIN)/python benchmarks/cli.py --json runs/benchmarks/cli.json
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

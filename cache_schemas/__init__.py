@@ -1,0 +1,1 @@
+"""What stands on disk: keys, specs, contracts, fingerprints, manifests. Imports no torch, ray or zarr."""

@@ -1,0 +1,90 @@
+"""manifest.json of a cache, and the commit record that stands beside every finished shard."""
+
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.contract import Contract
+from geomcache.cache_schemas.errors import CacheDamaged, SchemaTooNew
+from geomcache.cache_schemas.fingerprint import Fingerprint
+from geomcache.cache_schemas.layout import shard_count
+from geomcache.cache_schemas.token_spec import TokenSpec
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class ArraySpec(Schema):
+    """One stored array of a codec."""
+
+    dtype: str  # Zarr data type on disk, e.g. "uint16"
+    row_shape: tuple[int, ...]
+    logical_dtype: str  # what the bits mean, e.g. "bfloat16"
+
+
+class EncoderRecord(Schema):
+    """How to build the encoder again: the live path is made from this, not from the command line."""
+
+    name: str
+    config: dict[str, Any]
+    license: str
+
+
+class TokenRecipe(Schema):
+    """All that makes tokens what they are; travels with the cache and with every checkpoint."""
+
+    spec: TokenSpec
+    contract: Contract
+    fingerprint: Fingerprint
+    encoder: EncoderRecord
+
+
+class Manifest(Schema):
+    """What a cache is. Written once, before the first shard; never changed."""
+
+    schema_version: int = SCHEMA_VERSION
+    recipe: TokenRecipe
+    rows: int = Field(ge=0)
+    rows_per_shard: int = Field(ge=1)
+    arrays: dict[str, ArraySpec]
+    geomcache_version: str
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of the complete cache."""
+        return shard_count(self.rows, self.rows_per_shard)
+
+    @classmethod
+    def read(cls, text: bytes, where: str) -> "Manifest":
+        """Parse ``manifest.json``; a newer schema and damage are errors by name."""
+        version = SchemaVersion.parse(text, where, CacheDamaged).schema_version
+        if version > SCHEMA_VERSION:
+            raise SchemaTooNew(
+                f"{where} was written by a newer geomcache",
+                expected=f"schema version <= {SCHEMA_VERSION}",
+                found=f"schema version {version}",
+                fix="pip install --upgrade geomcache",
+            )
+        return cls.parse(text, where, CacheDamaged)
+
+
+class SchemaVersion(Schema):
+    """Only the version of a JSON file; its other fields are not looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: int
+
+
+class ShardCommit(Schema):
+    """Written after a shard's bytes are on disk; a shard without one does not exist."""
+
+    shard: int
+    first_row: int
+    rows: int
+    cache_id: str  # of the fingerprint, so that a shard from another cache is recognised
+    digests: dict[str, str]  # array name -> SHA-256 of the shard file
+    sizes: dict[str, int]  # array name -> bytes of the shard file
+    statistics: dict[str, float]  # min, max, mean_norm, non_finite
+    seconds: dict[str, float]  # read, encode, write
