@@ -1,0 +1,1 @@
+"""Moves and transforms data; used by both stages and by evaluation. Start with interfaces.py."""

@@ -1,0 +1,1 @@
+"""Tokens <-> stored arrays; one file per codec."""

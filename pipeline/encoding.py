@@ -1,0 +1,60 @@
+"""The only way an encoder is called, by stage one and by the live path: at its own batch size, the last one
+padded.
+
+Some kernels round differently at another batch size, so the batch size belongs to the TokenSpec and every
+call has it.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from geomcache.pipeline.frames import FrameBatch
+from geomcache.pipeline.interfaces import GeometryEncoder
+
+
+def encode_padded(encoder: GeometryEncoder, frames: FrameBatch) -> torch.Tensor:
+    """Tokens of any number of time steps.
+
+    Splits into batches of ``spec.encoder_batch_size``, repeats the last row to fill the last batch, drops the
+    padding.
+
+    Args:
+        encoder: loaded.
+        frames: N >= 0 rows.
+
+    Returns:
+        [N, V, G, D] float32 on the CPU.
+    """
+    spec = encoder.spec
+    size = spec.encoder_batch_size
+    tokens = torch.empty((len(frames), *spec.row_shape), dtype=torch.float32)
+    for start in range(0, len(frames), size):
+        batch = frames[start : start + size]
+        tokens_BVGD = encoder.encode(pad_rows(batch, size))
+        assert tuple(tokens_BVGD.shape) == (size, *spec.row_shape), (
+            f"encoder {spec.encoder} gave {tuple(tokens_BVGD.shape)}, its spec says {(size, *spec.row_shape)}"
+        )
+        assert tokens_BVGD.dtype == torch.float32, f"encoder {spec.encoder} gave {tokens_BVGD.dtype}"
+        tokens[start : start + len(batch)] = tokens_BVGD[: len(batch)]
+    return tokens
+
+
+def pad_rows(frames: FrameBatch, rows: int) -> FrameBatch:
+    """Repeat the last row until there are ``rows``; the batch itself when there already are."""
+    missing = rows - len(frames)
+    assert missing >= 0, f"{len(frames)} rows do not fit into a batch of {rows}"
+    if missing == 0:
+        return frames
+
+    def pad(field: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([field, np.repeat(field[-1:], missing, axis=0)])
+
+    return FrameBatch(
+        pad(frames.images_BVHWC),
+        None if frames.depth_BVHW is None else pad(frames.depth_BVHW),
+        None if frames.intrinsics_BV33 is None else pad(frames.intrinsics_BV33),
+        None if frames.extrinsics_BV44 is None else pad(frames.extrinsics_BV44),
+    )

@@ -1,0 +1,84 @@
+"""Writing files so that a reader never sees half of one: temporary name, fsync, rename, fsync of the folder."""
+
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from geomcache.cache_schemas.errors import InputError
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+def temporary_name(path: Path) -> Path:
+    """A name in the same folder that no other host, process or thread uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path`` for writing; it appears whole when the block ends, or not at all."""
+    make_folder(path.parent)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole small file atomically."""
+    with atomic_writer(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def make_folder(folder: Path) -> None:
+    """``mkdir -p`` that also makes each new folder durable."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that a rename inside it survives a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete temporary files that killed writers left; returns how many."""
+    leftovers = list(folder.rglob(f".*{TEMPORARY_SUFFIX}"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def require_own_folder(folder: Path, is_ours: Callable[[Path], bool], what: str) -> None:
+    """Refuse to write into a folder that holds something else.
+
+    Raises:
+        InputError: ``folder`` is a file, or is not empty and ``is_ours(folder)`` is false.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file", expected=f"a folder for {what}", fix="choose another --out")
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
+        raise InputError(
+            f"the output folder {folder} already holds something else",
+            expected=f"an empty or new folder, or {what}",
+            found=names,
+            fix="choose another --out, or move these files away",
+        )

@@ -1,0 +1,57 @@
+"""The data contract: what an episode and a batch of frames hold, one comment a field.
+
+Shape letters: B batch, V views, H,W image, T steps, A action dim, S state dim.
+Images are true upright RGB; extrinsics are camera-to-robot-base in OpenCV axes (x right, y down, z forward).
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """B time steps with all their views, as encoders take them."""
+
+    images_BVHWC: NDArray[np.uint8]  # [B, V, H, W, 3] RGB, upright
+    depth_BVHW: NDArray[np.float32] | None = None  # [B, V, H, W] metres along the optical axis
+    intrinsics_BV33: NDArray[np.float64] | None = None  # [B, V, 3, 3] pixels
+    extrinsics_BV44: NDArray[np.float64] | None = None  # [B, V, 4, 4] camera-to-robot-base, metres
+
+    def __len__(self) -> int:
+        return len(self.images_BVHWC)
+
+    def __getitem__(self, rows: slice) -> "FrameBatch":
+        return FrameBatch(
+            self.images_BVHWC[rows],
+            None if self.depth_BVHW is None else self.depth_BVHW[rows],
+            None if self.intrinsics_BV33 is None else self.intrinsics_BV33[rows],
+            None if self.extrinsics_BV44 is None else self.extrinsics_BV44[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy is given at one time step; the live twin of one pack row."""
+
+    frame: FrameBatch  # B = 1
+    state_S: NDArray[np.float32]  # [8] see Contract.state_layout
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration; row t holds the observation BEFORE action t is executed."""
+
+    suite: str
+    task: str  # LIBERO's task name
+    episode: int  # number within the task
+    instruction: str
+    frames: FrameBatch  # B = T
+    states_TS: NDArray[np.float32]  # [T, 8]
+    actions_TA: NDArray[np.float32]  # [T, 7]
+    metadata: dict[str, str] = field(default_factory=dict)  # recorder's seed, init state, noise; shown in the index
+
+    def __len__(self) -> int:
+        return len(self.actions_TA)

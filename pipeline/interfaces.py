@@ -1,0 +1,111 @@
+"""The Protocols of the project, on one screen.
+
+Shape letters (used in names everywhere): B batch, V views, H,W image, G geometry tokens per view, D geometry
+dim, K compressed tokens, L DiT blocks, C context dim, S prompt tokens, T action horizon, A action dim.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from geomcache.cache_schemas.contract import Contract
+from geomcache.cache_schemas.manifest import ArraySpec
+from geomcache.cache_schemas.token_spec import TokenSpec
+from geomcache.pipeline.frames import Episode, FrameBatch, Observation
+
+Need = Literal["images", "depth", "cameras"]
+
+
+@runtime_checkable
+class FrameSource(Protocol):
+    """A data set on disk; a source declares its conventions and hands out true upright episodes."""
+
+    @property
+    def contract(self) -> Contract: ...  # of the episodes it yields: image_orientation is "upright"
+
+    @property
+    def revision(self) -> str: ...  # digest of the data behind it
+
+    @property
+    def episode_count(self) -> int: ...
+
+    def episodes(self) -> Iterator[Episode]: ...
+
+
+@runtime_checkable
+class GeometryEncoder(Protocol):
+    """A frozen model: frames -> spatial tokens. Built by ``Encoder(config, contract)``; weights load in ``load``."""
+
+    @property
+    def spec(self) -> TokenSpec: ...  # known before weights are loaded
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+
+    @property
+    def license(self) -> str: ...  # of the weights
+
+    def weights_digest(self) -> str: ...  # "none" when there are no weights
+
+    def load(self, device: str) -> None: ...
+
+    def encode(self, frames: FrameBatch) -> torch.Tensor: ...  # [B, V, G, D] float32; B = spec.encoder_batch_size
+
+
+@runtime_checkable
+class TokenCodec(Protocol):
+    """Tokens <-> stored arrays, with a stated error bound."""
+
+    name: str
+
+    def arrays(self, spec: TokenSpec) -> dict[str, ArraySpec]: ...
+
+    def encode(self, tokens_BVGD: torch.Tensor) -> dict[str, NDArray[Any]]: ...
+
+    def decode(self, arrays: Mapping[str, NDArray[Any]]) -> torch.Tensor: ...  # float32 [B, V, G, D]
+
+    @property
+    def max_relative_error(self) -> float: ...  # of one value, after one round trip
+
+
+@runtime_checkable
+class TokenProvider(Protocol):
+    """Where tokens come from: the cache (rows) or the live encoder (frames); the same bits either way on CPU."""
+
+    @property
+    def spec(self) -> TokenSpec: ...
+
+    def tokens(self, what: Any) -> torch.Tensor: ...  # float32 [B, V, G, D]
+
+
+@runtime_checkable
+class SimEnv(Protocol):
+    """One simulated task."""
+
+    @property
+    def contract(self) -> Contract: ...
+
+    @property
+    def instruction(self) -> str: ...
+
+    @property
+    def horizon(self) -> int: ...
+
+    def reset(self, seed: int, init_state: int | NDArray[np.float64], settle_steps: int = 10) -> None: ...
+
+    def step(self, action_A: NDArray[np.floating[Any]]) -> bool: ...  # True once the task's own goal holds
+
+    def observe(self) -> Observation: ...
+
+    def close(self) -> None: ...
+
+
+class Policy(Protocol):
+    """What evaluation needs of a policy."""
+
+    def act(
+        self, observations: Sequence[Observation], generator: torch.Generator
+    ) -> NDArray[np.float32]: ...  # [B, T, A] in environment units

@@ -1,0 +1,1 @@
+"""Frame packs: WebDataset tar shards and a columnar index."""

@@ -1,0 +1,60 @@
+"""Names and columns of a pack; writer and reader share them.
+
+``shards/000000.tar``  WebDataset samples, key = row number, members ``<camera>.png`` (upright RGB),
+                       ``<camera>.depth.npy`` (float32 metres), ``json`` (episode, step, instruction, action, state)
+``rows.arrow``         one line per row: episode, step, state, action, camera matrices, member offsets and sizes
+``episodes.arrow``     one line per episode: suite, task, instruction, first row, rows, metadata
+``pack.json``          contract, sources, digests; written last
+``README.md``          the data card
+"""
+
+from typing import Any
+
+import pyarrow as pa
+
+from geomcache.cache_schemas.contract import ACTION_DIM, STATE_DIM, Contract
+
+
+def shard_name(shard: int) -> str:
+    """Path of a tar shard inside the pack."""
+    return f"shards/{shard:06d}.tar"
+
+
+def member_suffixes(contract: Contract) -> list[str]:
+    """Member names of a sample behind its key, in stored order; images first, then depth."""
+    images = [f"{name}.png" for name in contract.camera_names]
+    depths = [f"{name}.depth.npy" for name in contract.camera_names] if contract.has_depth else []
+    return [*images, *depths]
+
+
+def row_schema(contract: Contract) -> pa.Schema:
+    """Columns of rows.arrow; lists are of fixed size so that each column is one flat buffer."""
+    views, members = len(contract.cameras), len(member_suffixes(contract))
+    fields: list[tuple[str, Any]] = [
+        ("episode", pa.int32()),
+        ("step", pa.int32()),
+        ("state", pa.list_(pa.float32(), STATE_DIM)),
+        ("action", pa.list_(pa.float32(), ACTION_DIM)),
+        ("offset", pa.list_(pa.int64(), members)),
+        ("size", pa.list_(pa.int64(), members)),
+    ]
+    if contract.has_depth:
+        fields += [
+            ("intrinsics", pa.list_(pa.float64(), views * 9)),
+            ("extrinsics", pa.list_(pa.float64(), views * 16)),
+        ]
+    return pa.schema(fields)
+
+
+EPISODE_SCHEMA = pa.schema(
+    [
+        ("episode", pa.int32()),
+        ("suite", pa.string()),
+        ("task", pa.string()),
+        ("number", pa.int32()),  # episode number within its task
+        ("instruction", pa.string()),
+        ("first_row", pa.int64()),
+        ("rows", pa.int32()),
+        ("metadata", pa.string()),  # JSON
+    ]
+)

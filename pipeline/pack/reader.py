@@ -1,0 +1,174 @@
+"""Random access to the rows of a pack: the index is memory-mapped, images are read by byte offset."""
+
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from geomcache.cache_schemas.errors import InputError, PackDamaged
+from geomcache.cache_schemas.fingerprint import digest_file
+from geomcache.cache_schemas.layout import shard_of
+from geomcache.cache_schemas.pack_info import EPISODES_NAME, PACK_NAME, ROWS_NAME, PackInfo
+from geomcache.pipeline.frames import FrameBatch
+from geomcache.pipeline.pack.format import shard_name
+
+_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """One line of episodes.arrow."""
+
+    episode: int
+    suite: str
+    task: str
+    number: int
+    instruction: str
+    first_row: int
+    rows: int
+    metadata: str
+
+
+class PackReader:
+    """A finished pack.
+
+    Raises:
+        InputError: there is no finished pack at ``path``.
+        PackDamaged: a file's size is not the recorded one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        card = path / PACK_NAME
+        if not card.exists():
+            raise InputError(
+                f"{path} is not a finished pack",
+                expected=f"a folder with {PACK_NAME}",
+                found="no such folder" if not path.exists() else "a folder without it (unfinished or something else)",
+                fix=f"geomcache pack build SOURCE --out {path}",
+            )
+        self.info = PackInfo.read(card.read_bytes(), str(card))
+        for file in (*self.info.shards, *self.info.index):
+            found = (path / file.name).stat().st_size if (path / file.name).exists() else -1
+            if found != file.bytes:
+                raise _damaged(path / file.name, f"{file.bytes} bytes", "no file" if found < 0 else f"{found} bytes")
+        self._rows = _open_table(path / ROWS_NAME)
+        self.episodes = [EpisodeRecord(**line) for line in _open_table(path / EPISODES_NAME).to_pylist()]
+        self.states_NS = self._column("state")  # [N, 8] float32
+        self.actions_NA = self._column("action")  # [N, 7] float32
+        self.episode_of_row = self._column("episode")  # [N] int32
+        self._offsets = self._column("offset")
+        self._sizes = self._column("size")
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.info.rows
+
+    def _column(self, name: str) -> NDArray[Any]:
+        """One column as a view of the mapped file; lists become the second axis."""
+        column = self._rows.column(name).chunk(0)
+        if pa.types.is_fixed_size_list(column.type):
+            width = column.type.list_size
+            return np.asarray(column.values.to_numpy(zero_copy_only=True)).reshape(-1, width)
+        return np.asarray(column.to_numpy(zero_copy_only=True))
+
+    def frames(self, rows: Sequence[int]) -> FrameBatch:
+        """Decode the frames of ``rows``, in the order asked for; any order, repeats allowed."""
+        contract = self.info.contract
+        views = len(contract.cameras)
+        images = np.stack([np.stack([self._image(row, view) for view in range(views)]) for row in rows])
+        if not contract.has_depth:
+            return FrameBatch(images)
+        depth = np.stack([np.stack([self._depth(row, views + view) for view in range(views)]) for row in rows])
+        take = np.asarray(rows)
+        return FrameBatch(
+            images,
+            depth,
+            self._column("intrinsics")[take].reshape(-1, views, 3, 3),
+            self._column("extrinsics")[take].reshape(-1, views, 4, 4),
+        )
+
+    def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
+        """Only the images of ``rows``: [B, V, H, W, 3]."""
+        views = len(self.info.contract.cameras)
+        return np.stack([np.stack([self._image(row, view) for view in range(views)]) for row in rows])
+
+    def instruction(self, row: int) -> str:
+        """The instruction of the row's episode."""
+        return self.episodes[int(self.episode_of_row[row])].instruction
+
+    def verify(self) -> list[str]:
+        """Digest every file; returns one line per damaged file."""
+        return [
+            f"{file.name}: digest differs from pack.json"
+            for file in (*self.info.shards, *self.info.index)
+            if digest_file(self.path / file.name) != file.sha256
+        ]
+
+    def _member(self, row: int, member: int) -> bytes:
+        if not 0 <= row < len(self):
+            raise InputError(f"row {row} is not in {self.path}", expected=f"0 to {len(self) - 1}", found=str(row))
+        shard, _ = shard_of(row, self.info.request.rows_per_shard)
+        size = int(self._sizes[row, member])
+        data = os.pread(self._file(shard), size, int(self._offsets[row, member]))
+        if len(data) != size:
+            raise _damaged(self.path / shard_name(shard), f"{size} bytes for row {row}", f"{len(data)} bytes")
+        return data
+
+    def _image(self, row: int, member: int) -> NDArray[np.uint8]:
+        try:
+            return np.asarray(Image.open(io.BytesIO(self._member(row, member))).convert("RGB"))
+        except OSError as problem:
+            shard, _ = shard_of(row, self.info.request.rows_per_shard)
+            raise _damaged(self.path / shard_name(shard), f"a PNG for row {row}", str(problem)) from problem
+
+    def _depth(self, row: int, member: int) -> NDArray[np.float32]:
+        try:
+            return np.asarray(np.load(io.BytesIO(self._member(row, member)), allow_pickle=False), dtype=np.float32)
+        except ValueError as problem:
+            shard, _ = shard_of(row, self.info.request.rows_per_shard)
+            raise _damaged(self.path / shard_name(shard), f"a .npy for row {row}", str(problem)) from problem
+
+    def _file(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        while len(self._files) >= _OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[shard] = os.open(self.path / shard_name(shard), os.O_RDONLY)
+        return self._files[shard]
+
+    def close(self) -> None:
+        """Close the shard files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> "PackReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type["PackReader"], tuple[Path]]:
+        return PackReader, (self.path,)  # another process opens its own files
+
+
+def _open_table(path: Path) -> Any:
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as problem:
+        raise _damaged(path, "an Arrow IPC file", str(problem)) from problem
+
+
+def _damaged(path: Path, expected: str, found: str) -> PackDamaged:
+    return PackDamaged(
+        f"{path} is damaged", expected=expected, found=found, fix="build the pack again into a new folder"
+    )

@@ -1,0 +1,1 @@
+"""Real data sets -> true upright episodes; one file per layout."""

@@ -1,0 +1,1 @@
+"""Token caches on disk: sharded Zarr v3, commit records, manifest."""

@@ -1,0 +1,178 @@
+"""The cache on disk: other Zarr readers agree, damage is found, half-written is never complete."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+
+from geomcache.cache_schemas.errors import (
+    CacheDamaged,
+    CacheIncomplete,
+    CacheMissing,
+    CacheStale,
+    InputError,
+    SchemaTooNew,
+)
+from geomcache.cache_schemas.layout import commit_path
+from geomcache.pipeline.store.reader import CachedTokens, open_manifest
+from geomcache.pipeline.store.shard_file import crc32c
+from geomcache.pipeline.store.verify import verify_cache
+from geomcache.stages.extract.plan import ExtractConfig, make_plan
+from tests.conftest import ENCODERS, build_pack_at, extract_without_ray, nothing, write_demo_file
+
+
+@pytest.fixture
+def cache(pack_path: Path, tmp_path: Path) -> Path:
+    """A fresh complete cache that a test may damage."""
+    return extract_without_ray(pack_path, "depth_anything3", tmp_path / "cache")
+
+
+def test_the_checksum_is_castagnolis() -> None:
+    assert crc32c(b"123456789") == (0xE3069283).to_bytes(4, "little")  # RFC 3720, appendix B.4
+
+
+def test_zarr_python_and_tensorstore_read_what_we_write(caches: dict[str, Path]) -> None:
+    for path in caches.values():
+        with CachedTokens(path) as cache:
+            ours = cache.arrays(range(len(cache)))["tokens"]
+            theirs = zarr.open_group(str(path), mode="r")["tokens"]
+            assert theirs.attrs["logical_dtype"] == cache.manifest.arrays["tokens"].logical_dtype
+            np.testing.assert_array_equal(theirs[:], ours)
+            store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / "tokens")}}
+            np.testing.assert_array_equal(tensorstore.open(store, open=True).result().read().result(), ours)
+
+
+def test_we_read_what_zarr_python_writes(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Another writer's shard under our metadata: same rows, any physical order."""
+    import shutil
+
+    source = caches["depth_anything3"]
+    shutil.copytree(source, tmp_path / "copy")
+    theirs = zarr.open_group(str(tmp_path / "copy"), mode="r+")["tokens"]
+    with CachedTokens(source) as ours:
+        rows = ours.arrays(range(8))["tokens"]
+        (tmp_path / "copy/tokens/c/0/0/0/0").unlink()
+        theirs[0:8] = rows
+        with CachedTokens(tmp_path / "copy") as copy:
+            np.testing.assert_array_equal(copy.arrays(range(8))["tokens"], rows)
+
+
+def test_rows_come_in_the_order_asked_for(caches: dict[str, Path]) -> None:
+    with CachedTokens(caches["oracle_pointmap"]) as cache:
+        every = cache.tokens(range(len(cache)))
+        assert torch.equal(cache.tokens([20, 1, 1, 9]), every[[20, 1, 1, 9]])
+        with pytest.raises(InputError, match="0 to 24"):
+            cache.tokens([25])
+
+
+@pytest.mark.parametrize("place", ["payload", "index", "commit", "zero pages", "cut", "deleted", "swapped"])
+def test_damage_is_found_by_verify_and_by_reading_and_repaired_by_one_shard(cache: Path, place: str) -> None:
+    shard, other = cache / "tokens/c/1/0/0/0", cache / "tokens/c/2/0/0/0"
+    data = bytearray(shard.read_bytes())
+    if place == "payload":
+        data[1000] ^= 4
+        shard.write_bytes(data)
+    elif place == "index":
+        data[-20] ^= 4
+        shard.write_bytes(data)
+    elif place == "commit":
+        record = json.loads((cache / commit_path(1)).read_text())
+        (cache / commit_path(1)).write_text(json.dumps({**record, "rows": 7}))
+    elif place == "zero pages":
+        data[0:2048] = bytes(2048)
+        shard.write_bytes(data)
+    elif place == "cut":
+        shard.write_bytes(data[:-10])
+    elif place == "deleted":
+        shard.unlink()
+    elif place == "swapped":
+        theirs = other.read_bytes()
+        other.write_bytes(bytes(data))
+        shard.write_bytes(theirs)
+    result = verify_cache(cache, repair=False, progress=nothing)
+    assert not result.complete
+    assert set(result.damaged) == ({1, 2} if place == "swapped" else {1})
+    if place != "swapped":  # a swap needs the digests, which only verify compares
+        with pytest.raises((CacheDamaged, FileNotFoundError)):
+            CachedTokens(cache).tokens(range(8, 16))
+    assert verify_cache(cache, repair=True, progress=nothing).repaired
+    with pytest.raises(CacheIncomplete):
+        CachedTokens(cache)
+    config = _config(cache)
+    assert make_plan(config).remaining == ((1, 2) if place == "swapped" else (1,))
+
+
+def _config(cache: Path) -> ExtractConfig:
+    pack = cache.parent / "pack"
+    if not pack.exists():
+        build_pack_at(
+            write_demo_file(cache.parent / "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"),
+            pack,
+        )
+    return ExtractConfig(
+        pack=pack,
+        out=cache,
+        encoder="depth_anything3",
+        encoder_config=ENCODERS["depth_anything3"],
+        device="cpu",
+    )
+
+
+def test_an_unfinished_cache_is_not_readable_and_says_how_to_go_on(cache: Path) -> None:
+    (cache / commit_path(3)).unlink()
+    with pytest.raises(CacheIncomplete, match="geomcache extract again"):
+        CachedTokens(cache)
+    assert make_plan(_config(cache)).remaining == (3,)
+
+
+def test_missing_foreign_and_future_caches_are_named(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheMissing, match="geomcache extract"):
+        CachedTokens(tmp_path / "nothing")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 2}))
+    with pytest.raises(SchemaTooNew, match="pip install --upgrade"):
+        open_manifest(cache)
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "surprise": 1}))
+    with pytest.raises(CacheDamaged, match="surprise"):
+        open_manifest(cache)
+    (cache / "manifest.json").write_text("{")
+    with pytest.raises(CacheDamaged, match=r"manifest\.json"):
+        open_manifest(cache)
+
+
+def test_a_shard_of_another_cache_is_refused(cache: Path, pack_path: Path, tmp_path: Path) -> None:
+    other = extract_without_ray(pack_path, "depth_anything3", tmp_path / "other", seed=9)
+    for name in ("tokens/c/0/0/0/0", commit_path(0)):
+        (cache / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(CacheStale, match="belongs to another cache"):
+        CachedTokens(cache)
+    assert set(verify_cache(cache, repair=False, progress=nothing).damaged) == {0}
+
+
+def test_extracting_something_else_into_a_cache_is_refused_by_name(cache: Path, tmp_path: Path) -> None:
+    config = _config(cache)
+    other = config.model_copy(update={"encoder_config": {**config.encoder_config, "seed": 3}})
+    with pytest.raises(CacheStale, match=r"fingerprint\.weights"):
+        make_plan(other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "data.csv").write_text("x")
+    with pytest.raises(InputError, match=r"data\.csv"):
+        make_plan(config.model_copy(update={"out": tmp_path / "full"}))
+
+
+def test_writing_a_shard_twice_gives_the_same_bytes(cache: Path) -> None:
+    from geomcache.stages.extract.worker import ShardWorker
+
+    before = (cache / "tokens/c/2/0/0/0").read_bytes()
+    (cache / commit_path(2)).unlink()
+    (cache / "tokens/c/2/0/0/.0.host.1.x.partial").write_bytes(b"left by a killed writer")
+    config = _config(cache)
+    plan = make_plan(config)
+    assert not list(cache.rglob("*.partial"))
+    ShardWorker(config, plan.manifest, "cpu").run(2)
+    assert (cache / "tokens/c/2/0/0/0").read_bytes() == before
+    assert verify_cache(cache, repair=False, progress=nothing).complete
