@@ -1,0 +1,1 @@
+"""Configuration: YAML presets, and how a command's settings are put together."""

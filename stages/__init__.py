@@ -1,0 +1,1 @@
+"""Stage one (extract), stage two (train), closed loop (evaluate), and the command line."""

@@ -1,0 +1,71 @@
+"""The ``geomcache`` command. Importing this file must stay cheap: heavy imports live inside the commands."""
+
+import errno
+import sys
+
+import typer
+
+from geomcache.cache_schemas.errors import GeomcacheError
+from geomcache.stages.cli import cache, demos, evaluate, extract, pack, quickstart, report, train
+from geomcache.stages.cli.common import EXIT_MISTAKE, say
+
+app = typer.Typer(
+    name="geomcache",
+    help="Offline geometry features for robot policies: record or pack frames, run a frozen geometry model over "
+    "them once (extract), train a policy on the cached tokens (train), let it act in the LIBERO simulator (eval).",
+    epilog="Start with: geomcache quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("demos")(demos.demos)
+app.add_typer(pack.app, name="pack")
+app.command("extract")(extract.extract)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(cache.app, name="cache")
+app.command("report")(report.report)
+app.command("quickstart")(quickstart.quickstart)
+
+_STORAGE_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+}
+
+
+@app.callback(invoke_without_command=True)
+def main_options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    """Options before the command."""
+    if version:
+        import geomcache
+
+        typer.echo(geomcache.__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 a finding, 2 the user's mistake (one message, no traceback)."""
+    try:
+        app()
+    except GeomcacheError as problem:
+        say(f"error: {problem}")
+        sys.exit(EXIT_MISTAKE)
+    except OSError as problem:
+        if problem.errno not in _STORAGE_FAULTS:
+            raise
+        say(f"error: {_STORAGE_FAULTS[problem.errno]}: {problem.filename or problem}")
+        say(
+            "  what was written before stays valid; make room or choose another folder, then run the same command again"
+        )
+        sys.exit(EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        say("stopped; what was finished stays valid, the same command continues")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

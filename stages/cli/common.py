@@ -1,0 +1,89 @@
+"""What all commands share: the console, options, progress bars, how results are shown. Imports nothing heavy."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from geomcache.cache_schemas.base import Schema
+
+EXIT_FINDING, EXIT_MISTAKE = 1, 2
+
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE|PRESET", help="YAML file, or the name of a shipped preset."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.SUBKEY=VALUE", help="Change one setting (YAML value); may be repeated."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; yields ``report(done, total, text="")``."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=None, text="")
+
+        def report(done: int, total: int, text: str = "") -> None:
+            progress.update(task, completed=done, total=total, text=text)
+
+        yield report
+
+
+def say(text: str) -> None:
+    """A line for a person, on standard error, so that standard output stays machine-readable."""
+    typer.echo(text, err=True)
+
+
+def show(result: "Schema", as_json: bool, extra: dict[str, Any] | None = None) -> None:
+    """Print a result: JSON, or one ``name  value`` line per field."""
+    values = {**result.model_dump(mode="json"), **(extra or {})}
+    show_values(values, as_json)
+
+
+def show_values(values: dict[str, Any], as_json: bool) -> None:
+    """Print named values."""
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        typer.echo(f"{name.replace('_', ' '):<{width}}  {value}")
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe has no width; a table that is cut there would be useless.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table)

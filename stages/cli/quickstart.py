@@ -1,0 +1,164 @@
+"""``geomcache quickstart``: the whole chain at tiny size, in the real simulator, on a laptop."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from geomcache.stages.cli.common import (
+    EXIT_FINDING,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    progress_bar,
+    say,
+    show_table,
+)
+
+if TYPE_CHECKING:
+    from geomcache.configs.schema import QuickstartConfig
+
+
+def quickstart(
+    out: Annotated[Path | None, typer.Option(help="Folder for everything; default runs/quickstart.")] = None,
+    config: ConfigOption = "quickstart/quickstart",
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole chain: demonstrations, pack, extract, train, eval, report.
+
+    Finished stages are recognised by what they were made from and skipped. Exit 1 when a policy did not learn.
+    """
+    from geomcache.configs.load import load_config
+    from geomcache.configs.schema import QuickstartConfig
+
+    settings = load_config(QuickstartConfig, config, sets or [], {"out": out})
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+    for name, stage in (
+        ("demos", _demos),
+        ("pack", _pack),
+        ("extract", _extract),
+        ("train", _train),
+        ("eval", _evaluate),
+    ):
+        began = time.perf_counter()
+        stage(settings)
+        seconds[name] = round(time.perf_counter() - began, 1)
+    failed = _report(settings, as_json, seconds, time.perf_counter() - started)
+    if failed:
+        say(
+            f"not learned: {', '.join(failed)}: the open-loop error on training frames is not below "
+            f"{settings.largest_open_loop_ratio:g} of the mean action's"
+        )
+        raise typer.Exit(EXIT_FINDING)
+
+
+def _demos(settings: "QuickstartConfig") -> None:
+    from geomcache.pipeline.config_errors import parse_config
+    from geomcache.pipeline.sim.recorder import Config, record
+    from geomcache.stages.cli.demos import attempts_shown
+
+    demos = parse_config(Config, settings.demos, "demos")
+    with progress_bar("demos") as progress:
+        summary = record(demos, settings.out / "demos", attempts_shown(progress, demos))
+    _skipped("demos", summary.attempted == 0)
+
+
+def _pack(settings: "QuickstartConfig") -> None:
+    from geomcache.configs.schema import PackConfig
+    from geomcache.pipeline.config_errors import parse_config
+    from geomcache.stages.cli.pack import build_from
+
+    paths = {"sources": [settings.out / "demos"], "out": settings.out / "pack"}
+    with progress_bar("pack") as progress:
+        _, stood = build_from(parse_config(PackConfig, {**settings.pack, **paths}, "pack"), progress)
+    _skipped("pack", stood)
+
+
+def _extract(settings: "QuickstartConfig") -> None:
+    from geomcache.pipeline.config_errors import parse_config
+    from geomcache.stages.extract.plan import ExtractConfig
+    from geomcache.stages.extract.run import run
+
+    for encoder, own in settings.extract.items():
+        paths = {"pack": settings.out / "pack", "out": settings.out / "caches" / encoder, "encoder": encoder}
+        with progress_bar(f"extract {encoder}") as progress:
+            result = run(parse_config(ExtractConfig, {**own, **paths}, f"extract {encoder}"), progress)
+        _skipped(f"extract {encoder}", result.rows_encoded == 0)
+
+
+def _train(settings: "QuickstartConfig") -> None:
+    from geomcache.pipeline.config_errors import parse_config
+    from geomcache.stages.train.config import TrainConfig
+    from geomcache.stages.train.run import run
+
+    for name, policy in settings.train.items():
+        cache = settings.out / "caches" / policy.cache if policy.cache else None
+        data = [{"pack": settings.out / "pack", "cache": cache}]
+        filled: dict[str, Any] = {**policy.settings, "data": data, "out": settings.out / "train" / name}
+        with progress_bar(f"train {name}") as progress:
+            _, stood = run(parse_config(TrainConfig, filled, f"train {name}"), progress)
+        _skipped(f"train {name}", stood)
+
+
+def _evaluate(settings: "QuickstartConfig") -> None:
+    from geomcache.pipeline.config_errors import parse_config
+    from geomcache.stages.evaluate.config import EvalConfig
+    from geomcache.stages.evaluate.run import run
+
+    for name in settings.train:
+        paths = {"run": settings.out / "train" / name, "out": settings.out / "eval" / name}
+        with progress_bar(f"eval {name}") as progress:
+            _, stood = run(parse_config(EvalConfig, {**settings.eval, **paths}, f"eval {name}"), progress)
+        _skipped(f"eval {name}", stood)
+
+
+def _skipped(stage: str, skipped: bool) -> None:
+    if skipped:
+        say(f"{stage}: finished before with the same inputs, skipped")
+
+
+def _report(settings: "QuickstartConfig", as_json: bool, seconds: dict[str, float], total: float) -> list[str]:
+    """Write the page, print the table; returns the policies that did not learn."""
+    from dataclasses import asdict
+
+    from geomcache.stages.evaluate.report import policy_rows, write_report
+
+    page = write_report(settings.out, settings.out / "report.html", "geomcache quickstart")
+    rows = [row for row in policy_rows(settings.out) if row.name in settings.train]
+    if as_json:
+        table = {"policies": [asdict(row) for row in rows], "seconds": seconds, "report": str(page)}
+        typer.echo(json.dumps(table))
+    else:
+        show_table(
+            "quickstart: the real simulator, tiny networks of the real classes",
+            [
+                "policy",
+                "geometry",
+                "open-loop error",
+                "mean action",
+                "ratio",
+                "closed-loop success",
+                "95 % interval",
+            ],
+            [
+                [
+                    row.name,
+                    row.geometry,
+                    f"{row.error:.3f}",
+                    f"{row.baseline:.3f}",
+                    f"{row.ratio:.2f}",
+                    row.success,
+                    row.interval,
+                ]
+                for row in rows
+            ],
+        )
+        typer.echo(
+            "seconds: " + ", ".join(f"{name} {value:g}" for name, value in seconds.items()) + f"; all {total:.0f}"
+        )
+        typer.echo(f"report: {page}")
+    return [row.name for row in rows if not row.ratio < settings.largest_open_loop_ratio]

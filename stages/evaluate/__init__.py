@@ -1,0 +1,1 @@
+"""Closed loop: the checkpoint's policy in the real simulator, tokens made live."""

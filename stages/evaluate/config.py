@@ -1,0 +1,35 @@
+"""The configuration of closed-loop evaluation."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.contract import ImageOrientation
+
+
+class EvalConfig(Schema):
+    """``geomcache eval``: success of a trained policy in the LIBERO simulator.
+
+    Encoder, codec, cameras, orientation and normalisation come from the checkpoint. The keys of the last block
+    state what you believe the checkpoint holds: a difference is an error, never a change.
+    """
+
+    run: Path  # a run folder of geomcache train, or one checkpoint of it
+    out: Path
+    suite: str = "libero_object"
+    tasks: tuple[int, ...] | None = None  # None: every task of the suite
+    episodes: int = Field(
+        default=10, ge=1
+    )  # per task; episode i starts from shipped initial state first_init_state + i
+    first_init_state: int = Field(default=0, ge=0)
+    seed: int = 7
+    execute_steps: int = Field(default=8, ge=1)  # actions executed per query of the policy
+    settle_steps: int = Field(default=10, ge=0)  # steps with an open gripper before the first query
+    horizon: int | None = Field(default=None, ge=1)  # control steps; None: the community's limit for the suite
+    device: str = "auto"
+    encoder_config: dict[str, object] = Field(default_factory=dict)  # e.g. where the same weights lie on this machine
+
+    encoder: str | None = None
+    cameras: tuple[str, ...] | None = None
+    image_orientation: ImageOrientation | None = None

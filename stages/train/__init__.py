@@ -1,0 +1,1 @@
+"""Stage two: Qwen2.5-VL + layer-wise DiT on cached geometry tokens."""

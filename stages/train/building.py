@@ -1,0 +1,69 @@
+"""Small helpers for what is built from a config: seeded weights, checked options, the layer pairing."""
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from geomcache.cache_schemas.errors import ConfigError
+from geomcache.pipeline import plugins
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random initial weights that depend on ``seed`` alone; the global generator is as before afterwards.
+
+    Each module is seeded by itself, so policies that differ in one module start from the same other weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
+        yield
+
+
+def parse_options(kind: str, name: str, options: Mapping[str, Any]) -> Any:
+    """The ``Config`` of a plug-in from plain options.
+
+    Raises:
+        UnknownName: there is no such plug-in.
+        ConfigError: an option is unknown or has a wrong value.
+    """
+    config_class = plugins.config_class(kind, name)
+    try:
+        return config_class.model_validate(dict(options))
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        close = difflib.get_close_matches(field, list(config_class.model_fields), n=1)
+        raise ConfigError(
+            f"option {field!r} of {kind} {name!r} cannot be used",
+            expected=f"options of {name}: {', '.join(config_class.model_fields) or 'none'}",
+            found=first["msg"],
+            fix=f"did you mean {close[0]!r}?" if close and close[0] != field else "correct the option",
+        ) from problem
+
+
+def pair_layers(num_layers: int, num_blocks: int, explicit: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Which VLM layer each cross-attending DiT block looks at.
+
+    Layer n (1-based) is the output of the n-th decoder layer: index n of transformers' ``hidden_states``.
+    Without ``explicit`` the blocks are spread evenly, ceil((i + 1) * num_layers / num_blocks) for block i:
+    the last block always sees the last layer, and with more blocks than layers neighbours share one.
+
+    Raises:
+        ConfigError: ``explicit`` has another length than blocks, an entry out of range, or is not ascending.
+    """
+    if explicit is None:
+        return tuple(-(-(block + 1) * num_layers // num_blocks) for block in range(num_blocks))
+    pairing = tuple(explicit)
+    in_range = all(1 <= layer <= num_layers for layer in pairing)
+    if len(pairing) != num_blocks or not in_range or list(pairing) != sorted(pairing):
+        raise ConfigError(
+            "vlm_layers cannot be paired with the DiT's blocks",
+            expected=f"{num_blocks} ascending layer numbers between 1 and {num_layers}",
+            found=str(list(pairing)),
+            fix="correct vlm_layers, or leave it out to spread the blocks evenly",
+        )
+    return pairing

@@ -1,0 +1,1 @@
+"""Geometry tokens -> K context tokens per DiT block; one file per compressor."""

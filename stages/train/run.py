@@ -1,0 +1,167 @@
+"""Stage two: build everything from one config, train, measure the result on training frames.
+
+Also the entry point of a distributed launch: ``torchrun --nproc_per_node N -m geomcache.stages.train.run CONFIG.yaml``.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+import geomcache
+from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.errors import InputError
+from geomcache.pipeline.config_errors import parse_config
+from geomcache.pipeline.files import require_own_folder, write_atomic
+from geomcache.stages.train.checkpoint import CheckpointCard, checkpoints_of, latest_checkpoint, read_card
+from geomcache.stages.train.config import TrainConfig
+from geomcache.stages.train.data import BatchMaker, TrainingData
+from geomcache.stages.train.loop import Progress, fit, make_accelerator
+from geomcache.stages.train.normalise import Normaliser
+from geomcache.stages.train.policy import PolicyNet
+
+CONFIG_NAME = "config.yaml"
+RESULT_NAME = "result.json"
+
+
+class TrainResult(Schema):
+    """result.json of a finished run."""
+
+    run: str
+    checkpoint: str
+    steps: int
+    rows: int
+    parameters: int
+    trainable_parameters: int
+    open_loop_error: float  # mean |predicted - demonstrated| over normalised action dimensions and real chunk steps
+    mean_action_error: float  # the same for always predicting the training rows' mean action
+    open_loop_rows: int
+
+    @property
+    def open_loop_ratio(self) -> float:
+        """1 = as bad as the mean action, 0 = perfect."""
+        return self.open_loop_error / self.mean_action_error
+
+
+def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
+    """Train to the end; returns (result, True when the run had been finished before).
+
+    Raises:
+        GeomcacheError: bad data, a changed config on resume, a non-finite loss; by name, data errors before step 1.
+    """
+    require_own_folder(config.out, lambda folder: (folder / CONFIG_NAME).exists(), "a training run")
+    _require_same_config(config)
+    data = TrainingData(config)
+    result_path = config.out / RESULT_NAME
+    if result_path.exists():
+        _require_same_data(config, data)
+        return TrainResult.parse(result_path.read_bytes(), str(result_path), InputError), True
+    write_atomic(config.out / CONFIG_NAME, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    accelerator = make_accelerator(config)
+    normaliser = Normaliser.fit(data.states(), data.actions(), config.normalisation)
+    statistics = data.token_statistics()
+    policy = PolicyNet(
+        config.policy,
+        data.recipe.spec if data.recipe else None,
+        *((torch.from_numpy(values) for values in statistics) if statistics else ()),
+    )
+    card = CheckpointCard(
+        step=0,
+        policy=policy.config,
+        contract=data.contract,
+        recipe=data.recipe,
+        normaliser=normaliser,
+        packs=tuple(pack.info.digest for pack in data.packs),
+        geomcache_version=geomcache.__version__,
+    )
+    _require_same_data(config, data)
+    maker = BatchMaker(data, policy.backbone.packer, normaliser, config, rank=accelerator.process_index)
+    policy = fit(config, policy, maker, card, accelerator, progress)
+    error, baseline, rows = open_loop_error(policy, maker, data, config, accelerator.device)
+    result = TrainResult(
+        run=str(config.out),
+        checkpoint=latest_checkpoint(config.out).name,
+        steps=config.steps,
+        rows=len(data),
+        parameters=sum(p.numel() for p in policy.parameters()),
+        trainable_parameters=sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        open_loop_error=error,
+        mean_action_error=baseline,
+        open_loop_rows=rows,
+    )
+    if accelerator.is_main_process:
+        write_atomic(result_path, result.model_dump_json(indent=2))
+    return result, False
+
+
+def open_loop_error(
+    policy: PolicyNet, maker: BatchMaker, data: TrainingData, config: TrainConfig, device: torch.device
+) -> tuple[float, float, int]:
+    """Mean absolute error of predicted action chunks on training rows, beside that of the mean action.
+
+    Both in normalised action units, averaged over real (not padded) chunk steps and all action dimensions.
+    Returns (error, error of the mean action, number of rows).
+    """
+    count = min(config.open_loop_rows, len(data))
+    rows = np.unique(np.linspace(0, len(data) - 1, count).astype(np.int64))
+    mean_A = maker.normalise_actions(data.actions()).mean(axis=0)
+    error, baseline, real = 0.0, 0.0, 0
+    policy.eval()
+    for start in range(0, len(rows), config.batch_size):
+        part = rows[start : start + config.batch_size]
+        batch = maker.batch(part).to(device)
+        assert batch.actions_BTA is not None
+        assert batch.action_mask_BT is not None
+        noise = torch.stack([policy.draw_noise(int(row)) for row in part])
+        predicted = policy.sample(batch, noise_BTA=noise)
+        mask = batch.action_mask_BT
+        error += float((predicted - batch.actions_BTA).abs()[mask].sum())
+        baseline += float((torch.from_numpy(mean_A).to(device) - batch.actions_BTA).abs()[mask].sum())
+        real += int(mask.sum()) * len(mean_A)
+    return error / real, baseline / real, len(rows)
+
+
+def _require_same_config(config: TrainConfig) -> None:
+    path = config.out / CONFIG_NAME
+    if not path.exists():
+        return
+    standing = parse_config(TrainConfig, yaml.safe_load(path.read_text()), str(path))
+    if differences := standing.describe_difference(config):
+        raise InputError(
+            f"{config.out} is a run with another configuration",
+            expected="the same configuration, to continue it",
+            found="; ".join(differences),
+            fix="choose another --out, or give back the changed keys",
+        )
+
+
+def _require_same_data(config: TrainConfig, data: TrainingData) -> None:
+    found = checkpoints_of(config.out)
+    if not found:
+        return
+    card = read_card(found[-1])
+    packs = tuple(pack.info.digest for pack in data.packs)
+    differences = [] if packs == card.packs else ["packs: their digests differ"]
+    if card.recipe is not None and data.recipe is not None:
+        differences += card.recipe.describe_difference(data.recipe)
+    if differences:
+        raise InputError(
+            f"{config.out} was trained on other data",
+            expected="the same packs and caches, to continue it",
+            found="; ".join(differences),
+            fix="choose another --out",
+        )
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of torchrun and accelerate launch: one resolved YAML."""
+    (file,) = arguments
+    config = parse_config(TrainConfig, yaml.safe_load(Path(file).read_text()), file)
+    run(config, lambda _done, _total, _text: None)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

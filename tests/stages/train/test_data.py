@@ -1,0 +1,85 @@
+"""Order of rows, action chunks at episode ends, and the join of pack and cache."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geomcache.cache_schemas.errors import CacheIncomplete, CacheStale, ConfigError, ContractMismatch
+from geomcache.stages.train.config import DataPair, TrainConfig
+from geomcache.stages.train.data import TrainingData, rows_of_step
+from geomcache.stages.train.policy import PolicyConfig
+from tests.conftest import LENGTHS, build_pack_at, extract_without_ray, write_demo_file
+
+ROWS = sum(LENGTHS) - len(LENGTHS)
+
+
+def _config(*pairs: tuple[Path, Path | None], compressor: str = "pool") -> TrainConfig:
+    return TrainConfig(
+        out=Path("unused"),
+        data=tuple(DataPair(pack=pack, cache=cache) for pack, cache in pairs),
+        policy=PolicyConfig(geom_compression_type=compressor),
+    )
+
+
+def test_the_order_is_a_permutation_each_epoch_and_does_not_depend_on_how_it_is_cut() -> None:
+    whole = np.concatenate([rows_of_step(3, step, 5, 20) for step in range(8)])
+    assert sorted(whole[:20]) == sorted(whole[20:]) == list(range(20))
+    assert list(whole[:20]) != list(whole[20:])
+    np.testing.assert_array_equal(np.concatenate([rows_of_step(3, step, 10, 20) for step in range(4)]), whole)
+    assert list(rows_of_step(4, 0, 20, 20)) != list(whole[:20])
+
+
+def test_a_batch_may_cross_epochs() -> None:
+    rows = rows_of_step(0, 1, 7, 10)  # positions 7..13
+    np.testing.assert_array_equal(rows[:3], rows_of_step(0, 0, 10, 10)[7:])
+    np.testing.assert_array_equal(rows[3:], rows_of_step(0, 1, 10, 10)[:4])
+
+
+def test_chunks_stop_at_the_episodes_end(pack_path: Path) -> None:
+    data = TrainingData(_config((pack_path, None), compressor="none"))
+    first_end = LENGTHS[0] - 1
+    chunk, mask = data.action_chunk(first_end - 3)
+    assert mask.tolist() == [True] * 3 + [False] * (data.horizon - 3)
+    np.testing.assert_array_equal(chunk[:3], data.actions()[first_end - 3 : first_end])
+    np.testing.assert_array_equal(chunk[3:], np.repeat(data.actions()[first_end - 1 : first_end], data.horizon - 3, 0))
+
+
+def test_several_pairs_are_one_run_of_rows(pack_path: Path, caches: dict[str, Path], tmp_path: Path) -> None:
+    other = build_pack_at(write_demo_file(tmp_path / "other_demo.hdf5", seed=8, lengths=(5,)), tmp_path / "pack")
+    other_cache = extract_without_ray(other, "oracle_pointmap", tmp_path / "cache")
+    data = TrainingData(_config((pack_path, caches["oracle_pointmap"]), (other, other_cache)))
+    assert len(data) == ROWS + 4
+    assert data.locate(ROWS - 1) == (0, ROWS - 1)
+    assert data.locate(ROWS) == (1, 0)
+    tokens = data.tokens(np.array([ROWS + 2, 0]))
+    assert tokens is not None
+    np.testing.assert_array_equal(tokens[0], data.caches[1].tokens([2])[0])  # type: ignore[union-attr]
+
+
+def test_token_statistics_are_those_of_all_tokens(pack_path: Path, caches: dict[str, Path]) -> None:
+    data = TrainingData(_config((pack_path, caches["oracle_pointmap"])))
+    statistics = data.token_statistics()
+    assert statistics is not None
+    every = data.caches[0].tokens(range(ROWS)).numpy().reshape(-1, 3).astype(np.float64)  # type: ignore[union-attr]
+    np.testing.assert_allclose(statistics[0], every.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(statistics[1], every.std(axis=0), rtol=1e-5)
+
+
+def test_a_cache_of_another_pack_a_missing_one_and_an_unfinished_one_are_named(
+    pack_path: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    other = build_pack_at(write_demo_file(tmp_path / "other_demo.hdf5", seed=8), tmp_path / "pack")
+    with pytest.raises(CacheStale, match="made from another pack"):
+        TrainingData(_config((other, caches["oracle_pointmap"])))
+    with pytest.raises(ConfigError, match="reads a token cache"):
+        TrainingData(_config((pack_path, None)))
+    unfinished = extract_without_ray(pack_path, "oracle_pointmap", tmp_path / "cache")
+    (unfinished / "commits/000001.json").unlink()
+    with pytest.raises(CacheIncomplete):
+        TrainingData(_config((pack_path, unfinished)))
+    with pytest.raises(CacheStale, match="hold different tokens"):
+        TrainingData(_config((pack_path, caches["oracle_pointmap"]), (pack_path, caches["depth_anything3"])))
+    flat = build_pack_at(write_demo_file(tmp_path / "flat_demo.hdf5", depth=False), tmp_path / "flat")
+    with pytest.raises(ContractMismatch, match="has_depth"):
+        TrainingData(_config((pack_path, None), (flat, None), compressor="none"))

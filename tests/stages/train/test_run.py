@@ -1,0 +1,174 @@
+"""The trainer: exact resume, learning rates, what a checkpoint holds, what is refused before the first step."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from geomcache.cache_schemas.errors import InputError, SchemaTooNew, TrainingFailed
+from geomcache.stages.train import loop
+from geomcache.stages.train.checkpoint import checkpoints_of, latest_checkpoint, load_policy, read_card
+from geomcache.stages.train.config import DataPair, LearningRates, TrainConfig
+from geomcache.stages.train.data import BatchMaker
+from geomcache.stages.train.optim import learning_rate
+from geomcache.stages.train.policy import PolicyConfig
+from geomcache.stages.train.run import run
+from tests.conftest import nothing
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(pack_path: Path, caches: dict[str, Path], tmp_path: Path) -> TrainConfig:
+    """Six steps of a tiny policy on the oracle's tokens, dropout on so that resume must restore it."""
+    return TrainConfig(
+        out=tmp_path / "run",
+        data=(DataPair(pack=pack_path, cache=caches["oracle_pointmap"]),),
+        policy=PolicyConfig.model_validate(
+            {
+                "dit": {"width": 32, "blocks": 2, "heads": 2, "dropout": 0.1},
+                "backbone": {"config": {"image_size": 28}},
+                "repeated_diffusion_steps": 2,
+            }
+        ),
+        steps=STEPS,
+        batch_size=4,
+        learning_rate=LearningRates(vlm=1e-3, head=1e-3),
+        warmup_steps=1,
+        save_every=2,
+        log_every=1,
+        open_loop_rows=8,
+        device="cpu",
+    )
+
+
+class Stopped(Exception):
+    pass
+
+
+def _stop_at(step: int) -> Any:
+    def progress(done: int, *_: Any) -> None:
+        if done == step:
+            raise Stopped
+
+    return progress
+
+
+def _outcome(run_folder: Path) -> tuple[bytes, bytes, list[tuple[int, float, float]]]:
+    last = checkpoints_of(run_folder)[-1]
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return (
+        (last / "policy.safetensors").read_bytes(),
+        (last / "optimizer.pt").read_bytes(),
+        [(line["step"], line["loss"], line["gradient_norm"]) for line in lines],
+    )
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(3, 0), (4, 0), (5, 2)])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(
+    config: TrainConfig, tmp_path: Path, stop: int, workers: int
+) -> None:
+    """Stopped between checkpoints and at one; weights, optimiser and the log are equal. Also for loader processes."""
+    run(config, nothing)
+    other = config.model_copy(update={"out": tmp_path / "other", "data_workers": workers})
+    with pytest.raises(Stopped):
+        run(other, _stop_at(stop))
+    assert [path.name for path in checkpoints_of(other.out)] == [f"step_{2 * k:08d}" for k in range(1, (stop - 1) // 2 + 1)]
+    result, stood = run(other, nothing)
+    assert not stood
+    assert _outcome(other.out) == _outcome(config.out)
+    assert result.open_loop_error == run(config, nothing)[0].open_loop_error
+
+
+def test_a_finished_run_is_recognised_and_a_changed_one_refused(config: TrainConfig) -> None:
+    run(config, nothing)
+    assert run(config, nothing)[1]
+    changed = config.model_copy(update={"seed": 4, "batch_size": 8})
+    with pytest.raises(InputError) as caught:
+        run(changed, nothing)
+    assert "seed: 0 != 4" in str(caught.value)
+    assert "batch_size: 4 != 8" in str(caught.value)
+
+
+def test_a_checkpoint_rebuilds_the_policy_without_the_config_or_the_data(config: TrainConfig) -> None:
+    run(config, nothing)
+    checkpoint = latest_checkpoint(config.out)
+    card = read_card(checkpoint)
+    policy = load_policy(checkpoint, card)
+    stored = load_file(checkpoint / "policy.safetensors")
+    assert {name: tensor.shape for name, tensor in policy.state_dict().items()} == {
+        name: tensor.shape for name, tensor in stored.items()
+    }
+    assert card.recipe is not None
+    assert card.recipe.spec.encoder == "oracle_pointmap"
+    assert card.contract.camera_names == ("agentview", "robot0_eye_in_hand")
+    assert len(checkpoints_of(config.out)) == config.keep_last
+    np.testing.assert_allclose(stored["token_mean_D"], policy.token_mean_D)
+
+
+def test_a_foreign_or_future_checkpoint_is_named(config: TrainConfig) -> None:
+    run(config, nothing)
+    checkpoint = latest_checkpoint(config.out)
+    weights = load_file(checkpoint / "policy.safetensors")
+    dropped = sorted(weights)[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != dropped}, checkpoint / "policy.safetensors")
+    with pytest.raises(InputError, match=f"missing \\['{dropped}'\\]"):
+        load_policy(checkpoint, read_card(checkpoint))
+    card = json.loads((checkpoint / "card.json").read_text())
+    (checkpoint / "card.json").write_text(json.dumps({**card, "schema_version": 7}))
+    with pytest.raises(SchemaTooNew):
+        read_card(checkpoint)
+    with pytest.raises(InputError, match="geomcache train"):
+        latest_checkpoint(config.out / "nowhere")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = BatchMaker.batch
+
+    def poisoned(self: BatchMaker, rows: Any) -> Any:
+        batch = original(self, rows)
+        batch.proprio_BP[0, 0] = math.nan
+        return batch
+
+    monkeypatch.setattr(BatchMaker, "batch", poisoned)
+    with pytest.raises(TrainingFailed, match=r"the loss is nan at step 0[\s\S]*rows \["):
+        run(config, nothing)
+
+
+def test_every_group_warms_up_and_ends_at_the_floor() -> None:
+    config = TrainConfig(out=Path("x"), data=(), steps=1000, warmup_steps=10, min_learning_rate=5e-7)
+    for peak in (1e-5, 1e-4):
+        rates = [learning_rate(step, peak, config) for step in range(1000)]
+        assert rates[0] == pytest.approx(peak / 10)
+        assert rates[10] == pytest.approx(peak)
+        assert max(rates) == pytest.approx(peak)
+        assert rates[505] == pytest.approx(5e-7 + (peak - 5e-7) / 2, rel=0.01)  # half way down a cosine
+        assert rates[-1] == pytest.approx(5e-7)
+
+
+def test_a_launch_with_another_number_of_processes_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(InputError, match="torchrun --nproc_per_node 2"):
+        run(config.model_copy(update={"processes": 2}), nothing)
+
+
+def test_metrics_survive_a_line_cut_by_a_kill(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
+    assert [line["step"] for line in loop.read_metrics(tmp_path / "m.jsonl")] == [0, 1]
+
+
+def test_step_generators_differ_by_seed_step_and_rank() -> None:
+    draws = {
+        (seed, step, rank): float(torch.rand(1, generator=loop.step_generator(seed, step, rank)))
+        for seed in (0, 1)
+        for step in (0, 1)
+        for rank in (0, 1)
+    }
+    assert len(set(draws.values())) == 8
