@@ -1,10 +1,11 @@
-"""The only way an encoder is called, by stage one and by the live path: at its own batch size, the last one
-padded.
+"""The only way an encoder is called, by stage one and by the live path: at its own batch size, the last one padded.
 
-Some kernels round differently at another batch size, so the batch size belongs to the TokenSpec and every
-call has it.
+Some kernels round differently at another batch size or number of threads. So the batch size belongs to the TokenSpec
+and every call has it, and on a CPU every call runs on one thread (stage one uses more cores by more workers).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,25 @@ def encode_padded(encoder: GeometryEncoder, frames: FrameBatch) -> torch.Tensor:
     tokens = torch.empty((len(frames), *spec.row_shape), dtype=torch.float32)
     for start in range(0, len(frames), size):
         batch = frames[start : start + size]
-        tokens_BVGD = encoder.encode(pad_rows(batch, size))
+        with one_thread():
+            tokens_BVGD = encoder.encode(pad_rows(batch, size))
         assert tuple(tokens_BVGD.shape) == (size, *spec.row_shape), (
             f"encoder {spec.encoder} gave {tuple(tokens_BVGD.shape)}, its spec says {(size, *spec.row_shape)}"
         )
         assert tokens_BVGD.dtype == torch.float32, f"encoder {spec.encoder} gave {tokens_BVGD.dtype}"
         tokens[start : start + len(batch)] = tokens_BVGD[: len(batch)]
     return tokens
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """CPU kernels inside run on one thread; what was set before holds again afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pad_rows(frames: FrameBatch, rows: int) -> FrameBatch:

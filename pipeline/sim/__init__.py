@@ -1,0 +1,1 @@
+"""The real LIBERO simulator, the scripted expert, and recording demonstrations."""

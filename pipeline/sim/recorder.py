@@ -1,0 +1,237 @@
+"""Recording the scripted expert into files of LIBERO's own demonstration layout.
+
+One file per task, ``<task.name>_demo.hdf5``; every field and attribute of LIBERO's ``create_dataset.py`` (with
+depth) under the same name, and these of our own:
+
+    data                attrs: instruction, recorded_by, recorder_config, recorder_digest, cap_index, camera_names
+    data/demo_i         attrs: depth_near, depth_far [m], robot_base_pose [16], seed, init_state_index, noise
+                        actions_executed [T, 7] f64, if noise was executed
+    data/demo_i/obs     <cam>_intrinsics [T, 3, 3] f64 pixels, for the upright image
+                        <cam>_extrinsics [T, 4, 4] f64 camera-to-WORLD, metres, OpenCV axes
+
+Depth is the raw z-buffer [T, H, W, 1]; metres = near / (1 - z * (1 - near / far)) (camera_geometry.metric_depth).
+
+Non-obvious:
+- Official timing: ``states[j]`` is BEFORE action j, ``obs[j]`` AFTER it. So the observation the first expert action
+  was chosen on would be missing; the last settling no-op is therefore kept as step j = 0. LIBERO's script records
+  all settling steps and drops the first 5 (cap_index 5); here the others are never recorded, and cap_index is 0.
+- ``actions`` are the expert's clean answers; where noise was executed, replay ``actions_executed``.
+- Images and depth are raw, rows bottom-up; the camera robot0_eye_in_hand is called eye_in_hand.
+- Each episode is planned without rendering; a success is then replayed with rendering, and every state of the replay
+  must equal the planned one exactly. The live simulator under the same seed shows the same frames bit for bit.
+- The recording stops when the goal holds after an opening of the gripper was commanded: ``On`` can hold while the
+  object is still being held.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomcache.cache_schemas.errors import InputError
+from geomcache.pipeline.sim import demo_file, suites
+from geomcache.pipeline.sim.demo_file import Config, Demo
+from geomcache.pipeline.sim.expert import ScriptedExpert
+from geomcache.pipeline.sim.libero_env import SETTLE_ACTION, LiberoEnv
+from geomcache.pipeline.sim.system import require_simulator
+
+__all__ = ["Config", "EpisodeReport", "RecordSummary", "record"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EpisodeReport:
+    """What the progress callback is told after every attempt."""
+
+    task_index: int
+    task: str
+    attempt: int  # from 0, within the task
+    seed: int
+    init_state_index: int
+    succeeded: bool
+    demos: int  # written so far for this task
+    wanted: int
+    steps: int
+    plan_seconds: float
+    render_seconds: float
+
+
+@dataclass(frozen=True)
+class RecordSummary:
+    """What one call of ``record`` did; skipped files are complete ones of an earlier call."""
+
+    attempted: int
+    succeeded: int
+    failed: int
+    frames: int  # time steps written, all views counted once
+    seconds: float
+    files: tuple[Path, ...]  # every file that now holds the wanted demonstrations, skipped ones included
+    skipped: tuple[Path, ...] = ()
+    short_tasks: tuple[str, ...] = ()  # tasks with fewer demonstrations than wanted when the attempts ran out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A solved episode: what was done and every state it went through."""
+
+    labels_TA: NDArray[np.float64]  # [T, 7] clean actions; row 0 is the last settling no-op
+    executed_TA: NDArray[np.float64]  # [T, 7]
+    states_TD: NDArray[np.float64]  # [T, D] before each action
+    final_state_D: NDArray[np.float64]  # [D]
+
+
+def record(config: Config, out: Path, progress: Callable[[EpisodeReport], None] | None = None) -> RecordSummary:
+    """Record demonstrations of every task in ``config`` under the folder ``out``.
+
+    A task whose finished file was made from the same configuration is skipped; a file that holds something else
+    is an ``InputError`` before anything is recorded.
+    """
+    started = time.perf_counter()
+    require_simulator()
+    tasks = [suites.task_info(config.suite, i) for i in config.tasks or range(suites.task_count(config.suite))]
+    files = {task: out / f"{task.name}_demo.hdf5" for task in tasks}
+    skipped = [task for task in tasks if _is_recorded(files[task], config, task)]
+    out.mkdir(parents=True, exist_ok=True)
+    attempted = succeeded = frames = 0
+    written: list[Path] = []
+    short: list[str] = []
+    for task in tasks:
+        if task in skipped:
+            log.info("%s is already recorded, skipped", files[task].name)
+            written.append(files[task])
+            continue
+        tried, done, steps = _record_task(config, task, files[task], progress)
+        attempted, succeeded, frames = attempted + tried, succeeded + done, frames + steps
+        if done:
+            written.append(files[task])
+        if done < config.episodes:
+            log.warning("%s: %d of %d demonstrations after %d attempts", task.name, done, config.episodes, tried)
+            short.append(task.name)
+    return RecordSummary(
+        attempted=attempted,
+        succeeded=succeeded,
+        failed=attempted - succeeded,
+        frames=frames,
+        seconds=time.perf_counter() - started,
+        files=tuple(written),
+        skipped=tuple(files[task] for task in skipped),
+        short_tasks=tuple(short),
+    )
+
+
+def _is_recorded(path: Path, config: Config, task: suites.TaskInfo) -> bool:
+    if not path.exists():
+        return False
+    found = demo_file.digest_of(path)
+    if found == config.digest(task):
+        return True
+    raise InputError(
+        f"{path} exists and holds other demonstrations",
+        expected="no file there, or one recorded with the same configuration",
+        found="a file that this recorder did not write" if found is None else "another recorder configuration",
+        fix=f"record into another folder, or remove it: rm {path}",
+    )
+
+
+def _record_task(
+    config: Config, task: suites.TaskInfo, path: Path, progress: Callable[[EpisodeReport], None] | None
+) -> tuple[int, int, int]:
+    """Return (attempts, demonstrations, steps written)."""
+    most = config.max_attempts if config.max_attempts is not None else 2 * config.episodes
+    attempt = demos = steps = 0
+    env = LiberoEnv(
+        config.suite, task.index, cameras=config.cameras, height=config.height, width=config.width, depth=True
+    )
+    with env, demo_file.DemoFile(path, config, task) as file:
+        while demos < config.episodes and attempt < most:
+            seed = config.seed + attempt
+            init = (config.first_init_state + attempt) % task.n_init_states
+            clock = time.perf_counter()
+            plan = _plan(env, seed, init, config.noise)
+            planned = time.perf_counter()
+            if plan is not None:
+                file.add(_replay(env, plan, seed, init, config))
+                demos, steps = demos + 1, steps + len(plan.labels_TA)
+            if progress is not None:
+                progress(
+                    EpisodeReport(
+                        task_index=task.index,
+                        task=task.name,
+                        attempt=attempt,
+                        seed=seed,
+                        init_state_index=init,
+                        succeeded=plan is not None,
+                        demos=demos,
+                        wanted=config.episodes,
+                        steps=0 if plan is None else len(plan.labels_TA),
+                        plan_seconds=planned - clock,
+                        render_seconds=time.perf_counter() - planned,
+                    )
+                )
+            attempt += 1
+    return attempt, demos, steps
+
+
+def _start(env: LiberoEnv, seed: int, init: int, settle_steps: int) -> None:
+    env.reset(seed, init, settle_steps=settle_steps - 1)  # the last settling step is recorded
+
+
+def _plan(env: LiberoEnv, seed: int, init: int, noise: float) -> _Plan | None:
+    """Run the expert without rendering; None when it failed within the suite's horizon."""
+    generator = np.random.default_rng(seed)
+    _start(env, seed, init, demo_file.SETTLE_STEPS)
+    labels, executed = [SETTLE_ACTION.copy()], [SETTLE_ACTION.copy()]
+    states = [env.flat_state()]
+    env.step(SETTLE_ACTION)
+    for label in ScriptedExpert(env).actions():
+        if len(labels) > env.horizon:
+            return None
+        action = label.copy()
+        action[:3] += noise * generator.standard_normal(3)
+        np.clip(action, -1.0, 1.0, out=action)
+        labels.append(label)
+        executed.append(action)
+        states.append(env.flat_state())
+        success = env.step(action)
+        if success and label[-1] < 0.0:
+            return _Plan(np.stack(labels), np.stack(executed), np.stack(states), env.flat_state())
+    return None
+
+
+def _replay(env: LiberoEnv, plan: _Plan, seed: int, init: int, config: Config) -> Demo:
+    """Execute the plan again, rendering after every step, and prove that it is the same episode."""
+    _start(env, seed, init, demo_file.SETTLE_STEPS)
+    demo = Demo(
+        env,
+        config,
+        seed=seed,
+        init_state_index=init,
+        labels_TA=plan.labels_TA,
+        executed_TA=plan.executed_TA,
+        states_TD=plan.states_TD,
+    )
+    for j, action in enumerate(plan.executed_TA):
+        _require_equal(env.flat_state(), plan.states_TD[j], seed, j)
+        env.step(action)
+        demo.take(env)
+    _require_equal(env.flat_state(), plan.final_state_D, seed, len(plan.labels_TA))
+    return demo
+
+
+def _require_equal(found: NDArray[np.float64], planned: NDArray[np.float64], seed: int, step: int) -> None:
+    if not np.array_equal(found, planned):
+        error = float(np.abs(found - planned).max())
+        raise RuntimeError(
+            f"the simulator did not repeat itself (seed {seed}, step {step}, largest state error {error:g})"
+        )
+
+
+def config_from_json(text: str) -> Config:
+    """Read back the configuration that a file was recorded with."""
+    return Config.model_validate(json.loads(text))
