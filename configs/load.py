@@ -10,7 +10,6 @@ import yaml
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import ConfigError
 from geomcache.pipeline.config_errors import parse_config
-from geomcache.pipeline.files import write_atomic
 
 S = TypeVar("S", bound=Schema)
 
@@ -66,11 +65,6 @@ def preset_names() -> list[str]:
     """Shipped presets, as ``--config`` takes them."""
     folder = Path(str(resources.files("geomcache.configs")))
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-
-
-def save_config(config: Schema, path: Path) -> None:
-    """Write the resolved settings."""
-    write_atomic(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import yaml
+
+from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
 
+CONFIG_NAME = "config.yaml"
 TEMPORARY_SUFFIX = ".partial"
 
 
@@ -38,6 +42,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole small file atomically."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_config(folder: Path, config: Schema) -> None:
+    """Write a command's resolved settings as ``folder/config.yaml``, so that a result says how it was asked for."""
+    write_atomic(folder / CONFIG_NAME, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def make_folder(folder: Path) -> None:

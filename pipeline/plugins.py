@@ -43,7 +43,7 @@ def module(kind: str, name: str) -> ModuleType:
     """Import one plug-in's file."""
     known = names(kind)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         raise UnknownName(
             f"there is no {kind} named {name!r}",
             expected=f"one of {', '.join(known)}",

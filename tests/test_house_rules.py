@@ -80,7 +80,7 @@ OPTIONS = {
     "cache ls": "FOLDER --json",
     "cache info": "CACHE --json",
     "cache verify": "CACHE --repair --json",
-    "report": "FOLDER --out --title",
+    "report": "FOLDER --out --title --json",
     "quickstart": "--out --config --set --json",
 }
 

@@ -18,8 +18,9 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import CameraContract
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.suites import TaskInfo
@@ -34,10 +35,8 @@ _OFFICIAL_CAMERA_NAMES = {"robot0_eye_in_hand": "eye_in_hand"}
 _IMAGE_FILTER: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 
-class Config(BaseModel):
+class Config(Schema):
     """What to record."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     suite: str = "libero_object"
     tasks: tuple[int, ...] = ()  # task indices; empty = every task of the suite

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from geomcache.cache_schemas.base import Schema
 
 EXIT_FINDING, EXIT_MISTAKE = 1, 2
+LOG_LINE_SECONDS = 10.0
 
 ConfigOption = Annotated[
     str | None,
@@ -26,8 +28,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error; yields ``report(done, total, text="")``."""
+    """A progress bar on standard error (a line now and then where that is no terminal); yields
+    ``report(done, total, text="")``."""
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _LineNowAndThen(title)
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -45,13 +53,25 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=None, text="")
 
         def report(done: int, total: int, text: str = "") -> None:
             progress.update(task, completed=done, total=total, text=text)
 
         yield report
+
+
+class _LineNowAndThen:
+    """Progress for log files."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._next = title, time.monotonic() + LOG_LINE_SECONDS
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + LOG_LINE_SECONDS
+            say(f"{self._title}: {done}/{total} {text}".rstrip())
 
 
 def say(text: str) -> None:

@@ -29,11 +29,13 @@ def build(
     """Turn data sets into one pack: images true upright and lossless, actions and states in a columnar index."""
     from geomcache.configs.load import load_config
     from geomcache.configs.schema import PackConfig
+    from geomcache.pipeline.files import write_config
 
     options = {"sources": sources or None, "out": out, "rows_per_shard": rows_per_shard}
     settings = load_config(PackConfig, config, sets or [], options)
     with progress_bar("packing episodes") as progress:
         info, stood = build_from(settings, progress)
+    write_config(settings.out, settings)
     if stood:
         say("the pack stood already; nothing to do")
     show_values(_summary(settings.out, info), as_json)

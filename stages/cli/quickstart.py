@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +34,10 @@ def quickstart(
     """
     from geomcache.configs.load import load_config
     from geomcache.configs.schema import QuickstartConfig
+    from geomcache.pipeline.files import write_config
 
     settings = load_config(QuickstartConfig, config, sets or [], {"out": out})
+    write_config(settings.out, settings)
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     for name, stage in (
@@ -62,9 +65,8 @@ def _demos(settings: "QuickstartConfig") -> None:
     from geomcache.stages.cli.demos import attempts_shown
 
     demos = parse_config(Config, settings.demos, "demos")
-    with progress_bar("demos") as progress:
-        summary = record(demos, settings.out / "demos", attempts_shown(progress, demos))
-    _skipped("demos", summary.attempted == 0)
+    with _Stage("demos") as (stage, progress):
+        stage.skipped = record(demos, settings.out / "demos", attempts_shown(progress, demos)).attempted == 0
 
 
 def _pack(settings: "QuickstartConfig") -> None:
@@ -73,9 +75,8 @@ def _pack(settings: "QuickstartConfig") -> None:
     from geomcache.stages.cli.pack import build_from
 
     paths = {"sources": [settings.out / "demos"], "out": settings.out / "pack"}
-    with progress_bar("pack") as progress:
-        _, stood = build_from(parse_config(PackConfig, {**settings.pack, **paths}, "pack"), progress)
-    _skipped("pack", stood)
+    with _Stage("pack") as (stage, progress):
+        _, stage.skipped = build_from(parse_config(PackConfig, {**settings.pack, **paths}, "pack"), progress)
 
 
 def _extract(settings: "QuickstartConfig") -> None:
@@ -85,9 +86,9 @@ def _extract(settings: "QuickstartConfig") -> None:
 
     for encoder, own in settings.extract.items():
         paths = {"pack": settings.out / "pack", "out": settings.out / "caches" / encoder, "encoder": encoder}
-        with progress_bar(f"extract {encoder}") as progress:
+        with _Stage(f"extract {encoder}") as (stage, progress):
             result = run(parse_config(ExtractConfig, {**own, **paths}, f"extract {encoder}"), progress)
-        _skipped(f"extract {encoder}", result.rows_encoded == 0)
+            stage.skipped = result.rows_encoded == 0
 
 
 def _train(settings: "QuickstartConfig") -> None:
@@ -99,9 +100,8 @@ def _train(settings: "QuickstartConfig") -> None:
         cache = settings.out / "caches" / policy.cache if policy.cache else None
         data = [{"pack": settings.out / "pack", "cache": cache}]
         filled: dict[str, Any] = {**policy.settings, "data": data, "out": settings.out / "train" / name}
-        with progress_bar(f"train {name}") as progress:
-            _, stood = run(parse_config(TrainConfig, filled, f"train {name}"), progress)
-        _skipped(f"train {name}", stood)
+        with _Stage(f"train {name}") as (stage, progress):
+            _, stage.skipped = run(parse_config(TrainConfig, filled, f"train {name}"), progress)
 
 
 def _evaluate(settings: "QuickstartConfig") -> None:
@@ -111,14 +111,26 @@ def _evaluate(settings: "QuickstartConfig") -> None:
 
     for name in settings.train:
         paths = {"run": settings.out / "train" / name, "out": settings.out / "eval" / name}
-        with progress_bar(f"eval {name}") as progress:
-            _, stood = run(parse_config(EvalConfig, {**settings.eval, **paths}, f"eval {name}"), progress)
-        _skipped(f"eval {name}", stood)
+        with _Stage(f"eval {name}") as (stage, progress):
+            _, stage.skipped = run(parse_config(EvalConfig, {**settings.eval, **paths}, f"eval {name}"), progress)
 
 
-def _skipped(stage: str, skipped: bool) -> None:
-    if skipped:
-        say(f"{stage}: finished before with the same inputs, skipped")
+class _Stage:
+    """A bar while a stage runs, one line when it is over; the line says when the stage had been finished before."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._started, self.skipped = name, time.perf_counter(), False
+        self._bar = progress_bar(name)
+
+    def __enter__(self) -> "tuple[_Stage, Callable[..., None]]":
+        return self, self._bar.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._bar.__exit__(kind, error, trace)
+        if error is None:
+            seconds = time.perf_counter() - self._started
+            ending = "finished before with the same inputs, skipped" if self.skipped else f"done in {seconds:.0f} s"
+            say(f"{self._name}: {ending}")
 
 
 def _report(settings: "QuickstartConfig", as_json: bool, seconds: dict[str, float], total: float) -> list[str]:

@@ -7,7 +7,7 @@ import geomcache
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.fingerprint import digest_file
-from geomcache.pipeline.files import require_own_folder, write_atomic
+from geomcache.pipeline.files import require_own_folder, write_atomic, write_config
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.suites import horizon as suite_horizon
 from geomcache.pipeline.sim.suites import task_count, task_info
@@ -83,6 +83,8 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
     done = _finished_episodes(config, weights)
     total, finished_before = len(tasks) * config.episodes, len(done)
     results = _Results(config, policy, weights, done)
+    results.write(finished=False)
+    write_config(config.out, config)
     progress(len(done), total, "")
     for task in tasks:
         states = range(config.first_init_state, config.first_init_state + config.episodes)

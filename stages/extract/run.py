@@ -9,6 +9,7 @@ from typing import Any
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import GeomcacheError
 from geomcache.cache_schemas.layout import shard_rows
+from geomcache.pipeline.files import write_config
 from geomcache.stages.extract.plan import ExtractConfig, ExtractPlan, make_plan
 from geomcache.stages.extract.worker import ShardWorker
 
@@ -38,6 +39,7 @@ def run(config: ExtractConfig, progress: Callable[[int, int], None]) -> ExtractR
     """
     started = time.perf_counter()
     plan = make_plan(config)
+    write_config(config.out, config)
     manifest = plan.manifest
     done_before = manifest.shards - len(plan.remaining)
     rows_before = manifest.rows - sum(

@@ -13,7 +13,7 @@ import geomcache
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
 from geomcache.pipeline.config_errors import parse_config
-from geomcache.pipeline.files import require_own_folder, write_atomic
+from geomcache.pipeline.files import CONFIG_NAME, require_own_folder, write_atomic, write_config
 from geomcache.stages.train.checkpoint import CheckpointCard, checkpoints_of, latest_checkpoint, read_card
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.data import BatchMaker, TrainingData
@@ -21,7 +21,6 @@ from geomcache.stages.train.loop import Progress, fit, make_accelerator
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.policy import PolicyNet
 
-CONFIG_NAME = "config.yaml"
 RESULT_NAME = "result.json"
 
 
@@ -57,7 +56,7 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     if result_path.exists():
         _require_same_data(config, data)
         return TrainResult.parse(result_path.read_bytes(), str(result_path), InputError), True
-    write_atomic(config.out / CONFIG_NAME, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_config(config.out, config)
     accelerator = make_accelerator(config)
     normaliser = Normaliser.fit(data.states(), data.actions(), config.normalisation)
     statistics = data.token_statistics()

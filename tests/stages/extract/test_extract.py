@@ -34,9 +34,7 @@ def test_live_tokens_equal_cached_tokens_bit_for_bit(
         assert live.spec == cache.spec
         for rows in ([0], [24, 3, 17, 3, 8, 9, 1], list(range(24, -1, -1))):
             assert torch.equal(live.tokens(pack.frames(rows)), cache.tokens(rows))
-        assert torch.equal(
-            torch.cat([live.tokens(pack.frames([row])) for row in (5, 6)]), cache.tokens([5, 6])
-        )
+        assert torch.equal(torch.cat([live.tokens(pack.frames([row])) for row in (5, 6)]), cache.tokens([5, 6]))
 
 
 def test_tokens_depend_on_the_frame(caches: dict[str, Path], pack_path: Path) -> None:

@@ -79,7 +79,9 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(
     other = config.model_copy(update={"out": tmp_path / "other", "data_workers": workers})
     with pytest.raises(Stopped):
         run(other, _stop_at(stop))
-    assert [path.name for path in checkpoints_of(other.out)] == [f"step_{2 * k:08d}" for k in range(1, (stop - 1) // 2 + 1)]
+    assert [path.name for path in checkpoints_of(other.out)] == [
+        f"step_{2 * k:08d}" for k in range(1, (stop - 1) // 2 + 1)
+    ]
     result, stood = run(other, nothing)
     assert not stood
     assert _outcome(other.out) == _outcome(config.out)
