@@ -26,11 +26,12 @@ install: system $(STAMP)
 
 # depth-anything-3 declares numpy<2 and cannot be resolved together with zarr 3; it works with numpy 2.
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (about two minutes with packages cached, 4 GB)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[sim,encoders,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps depth-anything-3
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[sim,encoders,dev]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps depth-anything-3
 	@touch $(STAMP)
 
 quickstart: install

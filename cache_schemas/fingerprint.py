@@ -6,9 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from geomcache.cache_schemas.base import Schema
 
 _CHUNK = 1 << 20
+
+# Marks a Config field that says where weights come from, not what they are: their digest says that. So the same
+# weights in another folder give the same cache id.
+NOT_IN_FINGERPRINT: dict[str, JsonValue] = {"in_fingerprint": False}
 
 
 def digest_bytes(*parts: bytes) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.manifest import ArraySpec
 from geomcache.cache_schemas.token_spec import TokenSpec
@@ -40,7 +41,16 @@ class GeometryEncoder(Protocol):
     """A frozen model: frames -> spatial tokens. Built by ``Encoder(config, contract)``; weights load in ``load``."""
 
     @property
+    def config(self) -> Schema: ...  # the plug-in's own settings
+
+    @property
     def spec(self) -> TokenSpec: ...  # known before weights are loaded
+
+    @property
+    def default_codec(self) -> str: ...  # the codec that suits these tokens
+
+    @property
+    def description(self) -> str: ...  # one line: model and where its weights are from
 
     @property
     def needs(self) -> frozenset[Need]: ...

@@ -4,40 +4,26 @@ Live tokens go through the codec and back, so that they carry the same rounding 
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.fingerprint import Fingerprint, digest_json
+from geomcache.cache_schemas.fingerprint import NOT_IN_FINGERPRINT, Fingerprint, digest_json
 from geomcache.cache_schemas.manifest import EncoderRecord, TokenRecipe
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
 from geomcache.pipeline.config_errors import parse_config
-from geomcache.pipeline.encoders._common import NOT_IN_FINGERPRINT
 from geomcache.pipeline.encoding import encode_padded
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.image_path import IMAGE_PATH_VERSION
 from geomcache.pipeline.interfaces import GeometryEncoder, TokenCodec
 
 
-class ConfiguredEncoder(GeometryEncoder, Protocol):
-    """An encoder plug-in: it keeps its Config and names the codec that suits its tokens."""
-
-    @property
-    def config(self) -> Schema: ...
-
-    @property
-    def default_codec(self) -> str: ...
-
-    @property
-    def description(self) -> str: ...  # one line: model and where its weights are from
-
-
 def build_encoder(
     name: str, config: Mapping[str, Any], contract: Contract, device: str | None = "cpu"
-) -> ConfiguredEncoder:
+) -> GeometryEncoder:
     """Build an encoder plug-in from plain settings and load its weights.
 
     Args:
@@ -52,7 +38,7 @@ def build_encoder(
         InputError: the contract or the weights do not fit.
     """
     settings = parse_config(plugins.config_class("encoder", name), config, f"encoder {name}")
-    encoder = cast(ConfiguredEncoder, plugins.load("encoder", name)(settings, contract))
+    encoder = cast(GeometryEncoder, plugins.load("encoder", name)(settings, contract))
     if device is not None:
         encoder.load(device)
     return encoder
@@ -69,7 +55,7 @@ def round_trip(codec: TokenCodec, tokens_BVGD: torch.Tensor) -> torch.Tensor:
 
 
 def token_recipe(
-    encoder: ConfiguredEncoder, contract: Contract, pack_digest: str, codec: str | None = None
+    encoder: GeometryEncoder, contract: Contract, pack_digest: str, codec: str | None = None
 ) -> TokenRecipe:
     """Everything the tokens depend on, and how to build the encoder again.
 

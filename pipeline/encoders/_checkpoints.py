@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from geomcache.cache_schemas.errors import GeomcacheError, InputError
+from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.fingerprint import digest_bytes, digest_named_buffers
 
 CONFIG_FILE = "config.json"
@@ -176,18 +176,3 @@ def module_digest(module: nn.Module) -> str:
             yield name, f"{tensor.dtype} {tuple(tensor.shape)}", digest_bytes(data).encode()
 
     return digest_named_buffers(buffers())
-
-
-def require_device(device: str) -> torch.device:
-    """The torch device; raises ``InputError`` for a name torch does not know and a GPU that is not there."""
-    try:
-        found = torch.device(device)
-    except RuntimeError as problem:
-        raise _no_device(device, "no such device type") from problem
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise _no_device(device, f"{torch.cuda.device_count()} CUDA devices")
-    return found
-
-
-def _no_device(device: str, found: str) -> GeomcacheError:
-    return InputError(f"device {device} cannot be used", expected="cpu, cuda, cuda:0, ...", found=found, fix="use cpu")

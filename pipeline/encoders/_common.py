@@ -1,16 +1,11 @@
 """What every encoder checks before it looks at a frame."""
 
 import numpy as np
-from pydantic import JsonValue
 
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import ContractMismatch, InputError
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline.frames import FrameBatch
-
-# Marks a Config field that says where the weights come from, not what they are: their digest says that. So
-# the same weights in another folder give the same cache id.
-NOT_IN_FINGERPRINT: dict[str, JsonValue] = {"in_fingerprint": False}
 
 
 def require_upright(contract: Contract, encoder: str) -> None:

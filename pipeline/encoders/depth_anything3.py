@@ -26,17 +26,17 @@ from torch import nn
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import InputError, MissingDependency
+from geomcache.cache_schemas.fingerprint import NOT_IN_FINGERPRINT
 from geomcache.cache_schemas.token_spec import TokenSpec
+from geomcache.pipeline.devices import require_device
 from geomcache.pipeline.encoders._checkpoints import (
     WEIGHTS_FILE,
     checkpoint_folder,
     load_strictly,
     module_digest,
-    require_device,
     require_model_name,
 )
 from geomcache.pipeline.encoders._common import (
-    NOT_IN_FINGERPRINT,
     check_batch,
     frame_size,
     require_upright,

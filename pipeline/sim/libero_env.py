@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from geomcache.cache_schemas.contract import ACTION_DIM, CameraContract, Contract
 from geomcache.cache_schemas.errors import InputError, UnknownName
+from geomcache.pipeline.camera_geometry import axis_angle, inverse_pose, metric_depth, pose
 from geomcache.pipeline.frames import FrameBatch, Observation
 from geomcache.pipeline.orientation import to_upright
 from geomcache.pipeline.sim import suites
-from geomcache.pipeline.sim.camera_geometry import axis_angle, inverse_pose, metric_depth, pose
 from geomcache.pipeline.sim.observed_moment import ObservedMoment
 from geomcache.pipeline.sim.system import missing_part_named, quiet_simulator, require_simulator
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.pipeline.sim.camera_geometry import camera_pose, intrinsic_matrix
+from geomcache.pipeline.camera_geometry import camera_pose, intrinsic_matrix
 
 OBSERVABLE_NAME = "geomcache_observed_moment"
 

@@ -24,9 +24,9 @@ from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import ACTION_DIM, CameraContract, Contract, ImageOrientation
 from geomcache.cache_schemas.errors import InputError, SourceDamaged
 from geomcache.cache_schemas.fingerprint import digest_file, digest_json
+from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
 from geomcache.pipeline.frames import Episode, FrameBatch
 from geomcache.pipeline.orientation import to_upright
-from geomcache.pipeline.sim.camera_geometry import inverse_pose, metric_depth
 
 _RE_DOWNLOAD = "download or record the file again, or leave it out of the folder"
 # The official files drop the simulator's prefix from the wrist camera's name.

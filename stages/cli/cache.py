@@ -16,9 +16,15 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """All caches under a folder."""
+    from geomcache.cache_schemas.errors import GeomcacheError
     from geomcache.cache_schemas.manifest import MANIFEST_NAME
 
-    found = [_summary(path.parent) for path in sorted(folder.rglob(MANIFEST_NAME))]
+    found = []
+    for path in sorted(folder.rglob(MANIFEST_NAME)):
+        try:
+            found.append(_summary(path.parent))
+        except GeomcacheError as problem:
+            say(f"left out: {problem.what}")
     if as_json:
         show_values({"caches": found}, as_json)
         return

@@ -28,6 +28,8 @@ def train(
     from geomcache.stages.train.config import TrainConfig
     from geomcache.stages.train.run import run
 
+    if cache is not None and pack is None:
+        raise typer.BadParameter("a cache goes with the pack it was made from: add --pack PACK")
     options: dict[str, object] = {"out": out, "steps": steps, "seed": seed}
     if pack is not None:
         options["data"] = [{"pack": pack, "cache": cache}]

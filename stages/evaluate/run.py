@@ -7,6 +7,7 @@ import geomcache
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.fingerprint import digest_file
+from geomcache.pipeline.devices import resolve_device
 from geomcache.pipeline.files import require_own_folder, write_atomic, write_config
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.suites import horizon as suite_horizon
@@ -95,8 +96,6 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
 
 
 def _load_policy(config: EvalConfig) -> tuple[str, LivePolicy]:
-    from geomcache.stages.extract.plan import resolve_device
-
     policy = LivePolicy(config.run, resolve_device(config.device), dict(config.encoder_config))
     card = policy.card
     require_belief("encoder", config.encoder, card.recipe.encoder.name if card.recipe else "none")

@@ -9,6 +9,7 @@ from pydantic import Field
 import geomcache
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.manifest import Manifest
+from geomcache.pipeline.devices import resolve_device
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.card import data_card
 from geomcache.pipeline.store.writer import create_or_open, read_commits
@@ -59,12 +60,3 @@ def make_plan(config: ExtractConfig) -> ExtractPlan:
     create_or_open(config.out, manifest, data_card(manifest))
     done = read_commits(config.out, manifest)
     return ExtractPlan(config, manifest, tuple(k for k in range(manifest.shards) if k not in done), device)
-
-
-def resolve_device(name: str) -> str:
-    """``auto`` -> ``cuda`` where there is one."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from geomcache.cache_schemas.errors import InputError, TrainingFailed
+from geomcache.pipeline.devices import resolve_device
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.checkpoint import (
     CheckpointCard,
@@ -34,7 +35,7 @@ Progress = Callable[[int, int, str], None]  # (steps done, steps in all, text)
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Built here and not at import; refuses to run with another number of ranks than asked for."""
     accelerator = Accelerator(
-        cpu=config.device == "cpu",
+        cpu=resolve_device(config.device) == "cpu",
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )

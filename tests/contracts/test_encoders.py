@@ -17,7 +17,6 @@ from geomcache.pipeline.encoding import encode_padded
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.interfaces import GeometryEncoder, TokenProvider
 from geomcache.pipeline.tokens import (
-    ConfiguredEncoder,
     LiveTokens,
     build_codec,
     build_encoder,
@@ -72,11 +71,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def encoder(name: str) -> ConfiguredEncoder:
+def encoder(name: str) -> GeometryEncoder:
     return build_encoder(name, {}, CONTRACT, "cpu")
 
 
-def test_spec_is_known_before_weights_and_matches_the_output(name: str, encoder: ConfiguredEncoder) -> None:
+def test_spec_is_known_before_weights_and_matches_the_output(name: str, encoder: GeometryEncoder) -> None:
     unloaded = build_encoder(name, {}, CONTRACT, None)
     before = unloaded.spec
     assert isinstance(unloaded, GeometryEncoder)
@@ -92,14 +91,14 @@ def test_spec_is_known_before_weights_and_matches_the_output(name: str, encoder:
     assert not tokens.requires_grad
 
 
-def test_states_needs_licence_and_what_it_is(encoder: ConfiguredEncoder) -> None:
+def test_states_needs_licence_and_what_it_is(encoder: GeometryEncoder) -> None:
     assert encoder.needs <= {"images", "depth", "cameras"}
     assert encoder.needs
     assert encoder.license
     assert encoder.description
 
 
-def test_two_builds_give_the_same_bits_whatever_the_global_generator(name: str, encoder: ConfiguredEncoder) -> None:
+def test_two_builds_give_the_same_bits_whatever_the_global_generator(name: str, encoder: GeometryEncoder) -> None:
     torch.manual_seed(12345)
     state = torch.get_rng_state()
     other = build_encoder(name, {}, CONTRACT, "cpu")
@@ -109,11 +108,11 @@ def test_two_builds_give_the_same_bits_whatever_the_global_generator(name: str, 
     assert other.weights_digest() == encoder.weights_digest()
 
 
-def test_digest_is_the_same_before_and_after_loading(name: str, encoder: ConfiguredEncoder) -> None:
+def test_digest_is_the_same_before_and_after_loading(name: str, encoder: GeometryEncoder) -> None:
     assert build_encoder(name, {}, CONTRACT, None).weights_digest() == encoder.weights_digest()
 
 
-def test_another_slot_and_other_neighbours_give_the_same_bits(encoder: ConfiguredEncoder) -> None:
+def test_another_slot_and_other_neighbours_give_the_same_bits(encoder: GeometryEncoder) -> None:
     frames, strangers = some_frames(3), some_frames(encoder.spec.encoder_batch_size + 2, seed=1)
     expected = encode_padded(encoder, frames)
     alone = torch.cat([encode_padded(encoder, frames[i : i + 1]) for i in range(3)])
@@ -124,18 +123,18 @@ def test_another_slot_and_other_neighbours_give_the_same_bits(encoder: Configure
     assert torch.equal(torch.cat([before[-1:], before[:2]]), expected)
 
 
-def test_no_rows_give_no_tokens(encoder: ConfiguredEncoder) -> None:
+def test_no_rows_give_no_tokens(encoder: GeometryEncoder) -> None:
     assert encode_padded(encoder, some_frames(0)).shape == (0, *encoder.spec.row_shape)
 
 
-def test_frames_are_not_changed(encoder: ConfiguredEncoder) -> None:
+def test_frames_are_not_changed(encoder: GeometryEncoder) -> None:
     frames, same = some_frames(encoder.spec.encoder_batch_size), some_frames(encoder.spec.encoder_batch_size)
     encoder.encode(frames)
     assert np.array_equal(frames.images_BVHWC, same.images_BVHWC)
     assert np.array_equal(frames.depth_BVHW, same.depth_BVHW)  # type: ignore[arg-type]
 
 
-def test_refuses_another_number_of_rows_or_views(encoder: ConfiguredEncoder) -> None:
+def test_refuses_another_number_of_rows_or_views(encoder: GeometryEncoder) -> None:
     size = encoder.spec.encoder_batch_size
     with pytest.raises(AssertionError, match="rows for a batch"):
         encoder.encode(some_frames(size + 1))
@@ -154,7 +153,7 @@ def test_refuses_another_number_of_rows_or_views(encoder: ConfiguredEncoder) -> 
         )
 
 
-def test_refuses_frames_of_another_size(encoder: ConfiguredEncoder) -> None:
+def test_refuses_frames_of_another_size(encoder: GeometryEncoder) -> None:
     size = encoder.spec.encoder_batch_size
     with pytest.raises(ContractMismatch, match="32x32"):
         encoder.encode(FrameBatch(some_frames(size).images_BVHWC[:, :, :32, :32]))
@@ -172,7 +171,7 @@ def test_unknown_settings_are_refused_with_a_suggestion(name: str) -> None:
         build_encoder(name, {"batchsize": 2}, CONTRACT, None)
 
 
-def test_live_tokens_make_the_codecs_round_trip(encoder: ConfiguredEncoder) -> None:
+def test_live_tokens_make_the_codecs_round_trip(encoder: GeometryEncoder) -> None:
     codec = build_codec("bf16")
     live = LiveTokens(encoder, codec)
     frames = some_frames(3)
@@ -182,7 +181,7 @@ def test_live_tokens_make_the_codecs_round_trip(encoder: ConfiguredEncoder) -> N
     assert torch.equal(live.tokens(frames[1:2]), live.tokens(frames)[1:2])
 
 
-def test_recipe_builds_the_same_encoder_again(encoder: ConfiguredEncoder) -> None:
+def test_recipe_builds_the_same_encoder_again(encoder: GeometryEncoder) -> None:
     recipe = token_recipe(encoder, CONTRACT, "pack")
     again = build_encoder(recipe.encoder.name, recipe.encoder.config, recipe.contract, None)
     assert again.spec == encoder.spec == recipe.spec
@@ -190,7 +189,7 @@ def test_recipe_builds_the_same_encoder_again(encoder: ConfiguredEncoder) -> Non
     assert type(recipe).model_validate_json(recipe.model_dump_json()) == recipe
 
 
-def test_fingerprint_follows_what_tokens_depend_on(encoder: ConfiguredEncoder, name: str) -> None:
+def test_fingerprint_follows_what_tokens_depend_on(encoder: GeometryEncoder, name: str) -> None:
     recipe = token_recipe(encoder, CONTRACT, "pack")
     swapped = CONTRACT.model_copy(update={"cameras": CONTRACT.cameras[::-1]})
     bigger = build_encoder(name, {"batch_size": encoder.spec.encoder_batch_size + 1}, CONTRACT, None)

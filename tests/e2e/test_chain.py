@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from geomcache.cache_schemas.errors import CacheStale, ContractMismatch, InputError, UnknownName
+from geomcache.cache_schemas.errors import CacheStale, ConfigError, ContractMismatch, InputError, UnknownName
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.recorder import Config as DemosConfig
@@ -157,7 +157,7 @@ def test_a_policy_acts_alike_in_any_company(folder: Path) -> None:
         ({"cameras": ("robot0_eye_in_hand", "agentview")}, ContractMismatch, "another cameras"),
         ({"image_orientation": "rot180"}, ContractMismatch, "another image_orientation"),
         ({"encoder_config": {"grid": [8, 8]}}, CacheStale, "grid"),
-        ({"encoder_config": {"gird": [8, 8]}}, Exception, "did you mean 'grid'"),
+        ({"encoder_config": {"gird": [8, 8]}}, ConfigError, "did you mean 'grid'"),
         ({"suite": "libero_objects"}, UnknownName, "libero_object"),
         ({"tasks": (11,)}, UnknownName, "11"),
         ({"episodes": 51}, InputError, "--episodes 50"),

@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import InputError, UnknownName
+from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth, unproject
 from geomcache.pipeline.orientation import to_upright
 from geomcache.pipeline.sim import scene_geometry, suites
-from geomcache.pipeline.sim.camera_geometry import inverse_pose, metric_depth, unproject
 from geomcache.pipeline.sim.libero_env import SETTLE_ACTION, LiberoEnv
 from geomcache.pipeline.sim.system import quiet_simulator, require_simulator
 

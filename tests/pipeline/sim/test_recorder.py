@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from geomcache.cache_schemas.errors import InputError
+from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
 from geomcache.pipeline.sim import recorder
-from geomcache.pipeline.sim.camera_geometry import inverse_pose, metric_depth
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.recorder import Config, EpisodeReport, RecordSummary, record
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from geomcache.pipeline.sim.camera_geometry import (
+from geomcache.pipeline.camera_geometry import (
     axis_angle,
     camera_pose,
     intrinsic_matrix,
