@@ -44,6 +44,9 @@ class GeometryEncoder(Protocol):
     def config(self) -> Schema: ...  # the plug-in's own settings
 
     @property
+    def version(self) -> int: ...  # raised whenever the same weights and settings give other tokens
+
+    @property
     def spec(self) -> TokenSpec: ...  # known before weights are loaded
 
     @property

@@ -59,8 +59,8 @@ def token_recipe(
 ) -> TokenRecipe:
     """Everything the tokens depend on, and how to build the encoder again.
 
-    ``Fingerprint.encoder_config`` is the digest of the encoder's name, its settings (less those that only say
-    where weights come from) and the TokenSpec, so that another camera order, batch size or codec is another
+    ``Fingerprint.encoder_config`` is the digest of the encoder's name and version, its settings (less those that only
+    say where weights come from) and the TokenSpec, so that another camera order, batch size or codec is another
     cache id.
 
     Args:
@@ -78,6 +78,7 @@ def token_recipe(
             encoder_config=digest_json(
                 {
                     "encoder": spec.encoder,
+                    "version": encoder.version,
                     "config": {name: settings[name] for name in _fingerprint_fields(encoder.config)},
                     "spec": spec.model_dump(mode="json"),
                 }

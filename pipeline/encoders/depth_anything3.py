@@ -108,6 +108,7 @@ class Config(Schema):
 class Encoder:
     """RGB frames -> Depth-Anything-3 features [B, V, G, C or 2C]."""
 
+    version = 1
     needs: frozenset[Need] = frozenset({"images"})
     default_codec = DEFAULT_CODEC
 

@@ -68,6 +68,7 @@ def unproject(
 class Encoder:
     """Frames with depth and cameras -> XYZ tokens [B, V, G, 3]."""
 
+    version = 1
     needs: frozenset[Need] = frozenset({"depth", "cameras"})
     license = "none (no weights)"
     default_codec = DEFAULT_CODEC

@@ -28,6 +28,7 @@ from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
 from geomcache.pipeline.frames import Episode, FrameBatch
 from geomcache.pipeline.orientation import to_upright
 
+_VERSION = 1  # raised whenever the same files give other episodes
 _RE_DOWNLOAD = "download or record the file again, or leave it out of the folder"
 # The official files drop the simulator's prefix from the wrist camera's name.
 _FILE_CAMERA_NAMES = {"robot0_eye_in_hand": "eye_in_hand"}
@@ -66,7 +67,7 @@ class Source:
     def revision(self) -> str:
         """Digest over the bytes of every file and over how they are read."""
         files = [[path.name, digest_file(path)] for path in self.files]
-        return digest_json([files, list(self.config.cameras), self.config.image_orientation])
+        return digest_json([_VERSION, files, list(self.config.cameras), self.config.image_orientation])
 
     @property
     def episode_count(self) -> int:

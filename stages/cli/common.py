@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from geomcache.cache_schemas.base import Schema
 
 EXIT_FINDING, EXIT_MISTAKE = 1, 2
-LOG_LINE_SECONDS = 10.0
+LOG_LINE_SECONDS = 20.0
 
 ConfigOption = Annotated[
     str | None,
@@ -27,13 +27,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error (a line now and then where that is no terminal); yields
-    ``report(done, total, text="")``."""
+def progress_bar(title: str, *, lines: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; yields ``report(done, total, text="")``.
+
+    Where standard error is no terminal, or with ``lines`` (several processes share it), a line now and then instead.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if lines or not console.is_terminal:
         yield _LineNowAndThen(title)
         return
     from rich.progress import (

@@ -1,8 +1,11 @@
 """``geomcache quickstart``: the whole chain at tiny size, in the real simulator, on a laptop."""
 
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,35 +95,67 @@ def _extract(settings: "QuickstartConfig") -> None:
 
 
 def _train(settings: "QuickstartConfig") -> None:
+    _side_by_side(_train_one, settings, "train")
+
+
+def _train_one(settings: "QuickstartConfig", name: str, progress: Callable[..., None]) -> bool:
     from geomcache.pipeline.config_errors import parse_config
     from geomcache.stages.train.config import TrainConfig
     from geomcache.stages.train.run import run
 
-    for name, policy in settings.train.items():
-        cache = settings.out / "caches" / policy.cache if policy.cache else None
-        data = [{"pack": settings.out / "pack", "cache": cache}]
-        filled: dict[str, Any] = {**policy.settings, "data": data, "out": settings.out / "train" / name}
-        with _Stage(f"train {name}") as (stage, progress):
-            _, stage.skipped = run(parse_config(TrainConfig, filled, f"train {name}"), progress)
+    policy = settings.train[name]
+    cache = settings.out / "caches" / policy.cache if policy.cache else None
+    data = [{"pack": settings.out / "pack", "cache": cache}]
+    filled: dict[str, Any] = {**policy.settings, "data": data, "out": settings.out / "train" / name}
+    return run(parse_config(TrainConfig, filled, f"train {name}"), progress)[1]
 
 
 def _evaluate(settings: "QuickstartConfig") -> None:
+    _side_by_side(_evaluate_one, settings, "eval")
+
+
+def _evaluate_one(settings: "QuickstartConfig", name: str, progress: Callable[..., None]) -> bool:
     from geomcache.pipeline.config_errors import parse_config
     from geomcache.stages.evaluate.config import EvalConfig
     from geomcache.stages.evaluate.run import run
 
-    for name in settings.train:
-        paths = {"run": settings.out / "train" / name, "out": settings.out / "eval" / name}
-        with _Stage(f"eval {name}") as (stage, progress):
-            _, stage.skipped = run(parse_config(EvalConfig, {**settings.eval, **paths}, f"eval {name}"), progress)
+    paths = {"run": settings.out / "train" / name, "out": settings.out / "eval" / name}
+    return run(parse_config(EvalConfig, {**settings.eval, **paths}, f"eval {name}"), progress)[1]
+
+
+_Part = Callable[["QuickstartConfig", str, Callable[..., None]], bool]  # returns whether it was finished before
+
+
+def _side_by_side(part: _Part, settings: "QuickstartConfig", what: str) -> None:
+    """Run one part per policy, each in a process of its own with its share of the cores.
+
+    Small networks gain little from a second thread and lose much to it on shared cores; a second process is all gain.
+    """
+    processes = min(len(settings.train), os.cpu_count() or 1)
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    context = multiprocessing.get_context("spawn")  # neither torch nor an EGL context survives a fork
+    with ProcessPoolExecutor(processes, context) as pool:
+        futures = [
+            pool.submit(_part_in_process, part, settings, f"{what} {name}", name, threads) for name in settings.train
+        ]
+        for future in futures:
+            future.result()
+
+
+def _part_in_process(part: _Part, settings: "QuickstartConfig", title: str, name: str, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    with _Stage(title, lines=True) as (stage, progress):
+        stage.skipped = part(settings, name, progress)
 
 
 class _Stage:
     """A bar while a stage runs, one line when it is over; the line says when the stage had been finished before."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, lines: bool = False) -> None:
         self._name, self._started, self.skipped = name, time.perf_counter(), False
-        self._bar = progress_bar(name)
+        self._bar = progress_bar(name, lines=lines)
 
     def __enter__(self) -> "tuple[_Stage, Callable[..., None]]":
         return self, self._bar.__enter__()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from geomcache.cache_schemas.base import Schema
-from geomcache.cache_schemas.errors import GeomcacheError
+from geomcache.cache_schemas.errors import GeomcacheError, InputError
 from geomcache.cache_schemas.layout import shard_rows
 from geomcache.pipeline.files import write_config
 from geomcache.stages.extract.plan import ExtractConfig, ExtractPlan, make_plan
@@ -85,9 +85,23 @@ def ray_session(address: str | None, workers: int) -> Iterator[Any]:
         ray.shutdown()
 
 
+def _require_resources(ray: Any, workers: int, *, cuda: bool) -> None:
+    """Ray waits for ever for what a cluster does not have; say so instead."""
+    for resource, needed in (("CPU", workers), ("GPU", workers if cuda else 0)):
+        found = int(ray.cluster_resources().get(resource, 0))
+        if found < needed:
+            raise InputError(
+                f"the Ray cluster has too few {resource}s for {workers} workers",
+                expected=f"{needed} {resource}s",
+                found=str(found),
+                fix=f"--workers {max(1, found)}",
+            )
+
+
 def _commits(ray: Any, plan: ExtractPlan) -> Iterator[int]:
     """Yield the number of rows of each shard as it is committed."""
     cuda = plan.device.startswith("cuda")
+    _require_resources(ray, plan.config.workers, cuda=cuda)
     actor_class = ray.remote(num_cpus=1, num_gpus=1 if cuda else 0, max_restarts=-1, max_task_retries=_TASK_RETRIES)(
         ShardWorker
     )

@@ -4,6 +4,7 @@ import pytest
 
 from geomcache.cache_schemas.errors import UnknownName
 from geomcache.pipeline.sim import suites
+from geomcache.pipeline.sources.libero_hdf5 import instruction_of
 
 pytestmark = pytest.mark.sim
 
@@ -42,3 +43,10 @@ def test_an_unknown_task_or_state_gets_the_list() -> None:
     assert "6  pick_up_the_milk_and_place_it_in_the_basket" in str(problem.value) or "milk" in str(problem.value)
     with pytest.raises(UnknownName, match="0 to 49"):
         suites.init_state("libero_object", 0, 50)
+
+
+def test_the_sources_rule_gives_every_tasks_instruction() -> None:
+    """So that a policy is trained on the sentence that evaluation gives it."""
+    tasks = [suites.task_info(suite, i) for suite in suites.SUITES for i in range(suites.task_count(suite))]
+    assert len(tasks) == 130
+    assert [task.name for task in tasks if instruction_of(task.name) != task.instruction] == []
