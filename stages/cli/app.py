@@ -27,6 +27,7 @@ app.add_typer(cache.app, name="cache")
 app.command("report")(report.report)
 app.command("quickstart")(quickstart.quickstart)
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _STORAGE_FAULTS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -69,9 +70,10 @@ def main() -> None:
             "  what was written before stays valid; make room or choose another folder, then run the same command again"
         )
         sys.exit(EXIT_MISTAKE)
-    except KeyboardInterrupt:
-        say("stopped; what was finished stays valid, the same command continues")
-        sys.exit(130)
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:  # typer's answer to Ctrl-C
+            say("stopped; what was finished stays valid, the same command continues")
+        raise
 
 
 if __name__ == "__main__":

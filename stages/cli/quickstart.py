@@ -3,14 +3,17 @@
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from geomcache.cache_schemas.errors import TrainingFailed
 from geomcache.stages.cli.common import (
     EXIT_FINDING,
     ConfigOption,
@@ -134,28 +137,42 @@ def _side_by_side(part: _Part, settings: "QuickstartConfig", what: str) -> None:
     processes = min(len(settings.train), os.cpu_count() or 1)
     threads = max(1, (os.cpu_count() or 1) // processes)
     context = multiprocessing.get_context("spawn")  # neither torch nor an EGL context survives a fork
-    with ProcessPoolExecutor(processes, context) as pool:
-        futures = [
-            pool.submit(_part_in_process, part, settings, f"{what} {name}", name, threads) for name in settings.train
-        ]
-        for future in futures:
-            future.result()
+    with ProcessPoolExecutor(processes, context, initializer=_die_quietly_on_interrupt) as pool:
+        titles = {name: f"{what} {name}" for name in settings.train}
+        futures = {name: pool.submit(_part_in_process, part, settings, titles[name], name, threads) for name in titles}
+        for name, future in futures.items():
+            try:
+                skipped, seconds = future.result()
+            except BrokenProcessPool as problem:
+                raise TrainingFailed(
+                    f"{titles[name]}: its process was killed",
+                    found="no result (out of memory?)",
+                    fix="run the same command again; it continues from the last checkpoint or episode",
+                ) from problem
+            _over(titles[name], skipped, seconds)
 
 
-def _part_in_process(part: _Part, settings: "QuickstartConfig", title: str, name: str, threads: int) -> None:
+def _die_quietly_on_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process; only the parent says so
+
+
+def _part_in_process(
+    part: _Part, settings: "QuickstartConfig", title: str, name: str, threads: int
+) -> tuple[bool, float]:
     import torch
 
     torch.set_num_threads(threads)
-    with _Stage(title, lines=True) as (stage, progress):
-        stage.skipped = part(settings, name, progress)
+    started = time.perf_counter()
+    with progress_bar(title, lines=True) as progress:
+        return part(settings, name, progress), time.perf_counter() - started
 
 
 class _Stage:
-    """A bar while a stage runs, one line when it is over; the line says when the stage had been finished before."""
+    """A bar while a stage runs, one line when it is over."""
 
-    def __init__(self, name: str, *, lines: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         self._name, self._started, self.skipped = name, time.perf_counter(), False
-        self._bar = progress_bar(name, lines=lines)
+        self._bar = progress_bar(name)
 
     def __enter__(self) -> "tuple[_Stage, Callable[..., None]]":
         return self, self._bar.__enter__()
@@ -163,9 +180,11 @@ class _Stage:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._bar.__exit__(kind, error, trace)
         if error is None:
-            seconds = time.perf_counter() - self._started
-            ending = "finished before with the same inputs, skipped" if self.skipped else f"done in {seconds:.0f} s"
-            say(f"{self._name}: {ending}")
+            _over(self._name, self.skipped, time.perf_counter() - self._started)
+
+
+def _over(title: str, skipped: bool, seconds: float) -> None:
+    say(f"{title}: " + ("finished before with the same inputs, skipped" if skipped else f"done in {seconds:.0f} s"))
 
 
 def _report(settings: "QuickstartConfig", as_json: bool, seconds: dict[str, float], total: float) -> list[str]:

@@ -4,8 +4,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,27 @@ def test_the_wheel_brings_the_command_its_presets_and_its_page(tmp_path: Path) -
         "geomcache/py.typed",
     } <= names
     assert not [name for name in names if name.startswith(("tests", "stages", "pipeline", "configs"))]
+
+
+def test_ctrl_c_says_that_nothing_is_lost_and_the_same_command_goes_on(
+    pack_path: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    sets = ["batch_size=2", "open_loop_rows=4", "save_every=1", "device=cpu", "policy.backbone.config.image_size=28"]
+    train = ["train", "--pack", pack_path, "--cache", caches["oracle_pointmap"], "--out", tmp_path / "run"]
+    command = [*train, "--steps", 10_000, *(part for text in sets for part in ("--set", text))]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "geomcache.stages.cli.app", *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("run/checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command continues" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.glob("run/checkpoints/step_*/card.json"))
