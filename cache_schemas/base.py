@@ -1,10 +1,11 @@
 """The base of everything that is written to disk as JSON: frozen, strict, comparable."""
 
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from geomcache.cache_schemas.errors import GeomcacheError
+from geomcache.cache_schemas.errors import GeomcacheError, SchemaTooNew
 
 
 class Schema(BaseModel):
@@ -30,6 +31,39 @@ class Schema(BaseModel):
                 found=first["msg"],
                 fix="restore the file, or make it again with the command that wrote it",
             ) from problem
+
+
+class VersionedSchema(Schema):
+    """A record that stands in a file of its own; a file of a newer schema is refused by name."""
+
+    schema_version: int = 1
+
+    @classmethod
+    def read(cls, path: Path, error: type[GeomcacheError]) -> Self:
+        """Parse the file ``path``.
+
+        Raises:
+            SchemaTooNew: a newer geomcache wrote it.
+            error: it is no valid record; the field is named.
+        """
+        text, newest = path.read_bytes(), cls.model_fields["schema_version"].default
+        version = _OnlyVersion.parse(text, str(path), error).schema_version
+        if version > newest:
+            raise SchemaTooNew(
+                f"{path} was written by a newer geomcache",
+                expected=f"schema version <= {newest}",
+                found=f"schema version {version}",
+                fix="pip install --upgrade geomcache",
+            )
+        return cls.parse(text, str(path), error)
+
+
+class _OnlyVersion(Schema):
+    """Just the version of a JSON file; its other fields are not looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    schema_version: int
 
 
 def _differences(mine: Any, theirs: Any, name: str) -> list[str]:

@@ -2,16 +2,14 @@
 
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.base import Schema, VersionedSchema
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.errors import CacheDamaged, SchemaTooNew
 from geomcache.cache_schemas.fingerprint import Fingerprint
 from geomcache.cache_schemas.layout import shard_count
 from geomcache.cache_schemas.token_spec import TokenSpec
 
-SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 
@@ -40,10 +38,9 @@ class TokenRecipe(Schema):
     encoder: EncoderRecord
 
 
-class Manifest(Schema):
+class Manifest(VersionedSchema):
     """What a cache is. Written once, before the first shard; never changed."""
 
-    schema_version: int = SCHEMA_VERSION
     recipe: TokenRecipe
     rows: int = Field(ge=0)
     rows_per_shard: int = Field(ge=1)
@@ -54,27 +51,6 @@ class Manifest(Schema):
     def shards(self) -> int:
         """Number of shards of the complete cache."""
         return shard_count(self.rows, self.rows_per_shard)
-
-    @classmethod
-    def read(cls, text: bytes, where: str) -> "Manifest":
-        """Parse ``manifest.json``; a newer schema and damage are errors by name."""
-        version = SchemaVersion.parse(text, where, CacheDamaged).schema_version
-        if version > SCHEMA_VERSION:
-            raise SchemaTooNew(
-                f"{where} was written by a newer geomcache",
-                expected=f"schema version <= {SCHEMA_VERSION}",
-                found=f"schema version {version}",
-                fix="pip install --upgrade geomcache",
-            )
-        return cls.parse(text, where, CacheDamaged)
-
-
-class SchemaVersion(Schema):
-    """Only the version of a JSON file; its other fields are not looked at."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    schema_version: int
 
 
 class ShardCommit(Schema):

@@ -2,13 +2,10 @@
 
 from pydantic import Field
 
-from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.base import Schema, VersionedSchema
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.errors import PackDamaged, SchemaTooNew
 from geomcache.cache_schemas.fingerprint import digest_json
-from geomcache.cache_schemas.manifest import SchemaVersion
 
-PACK_SCHEMA_VERSION = 1
 PACK_NAME = "pack.json"
 ROWS_NAME = "rows.arrow"
 EPISODES_NAME = "episodes.arrow"
@@ -38,10 +35,9 @@ class PackRequest(Schema):
     rows_per_shard: int = Field(ge=1)
 
 
-class PackInfo(Schema):
+class PackInfo(VersionedSchema):
     """The pack's card for machines."""
 
-    schema_version: int = PACK_SCHEMA_VERSION
     request: PackRequest
     rows: int
     episodes: int
@@ -57,16 +53,3 @@ class PackInfo(Schema):
     def digest(self) -> str:
         """Identity of the pack's content; caches are made from exactly this."""
         return digest_json([self.request.model_dump(mode="json"), [f.sha256 for f in (*self.shards, *self.index)]])
-
-    @classmethod
-    def read(cls, text: bytes, where: str) -> "PackInfo":
-        """Parse ``pack.json``; a newer schema and damage are errors by name."""
-        version = SchemaVersion.parse(text, where, PackDamaged).schema_version
-        if version > PACK_SCHEMA_VERSION:
-            raise SchemaTooNew(
-                f"{where} was written by a newer geomcache",
-                expected=f"schema version <= {PACK_SCHEMA_VERSION}",
-                found=f"schema version {version}",
-                fix="pip install --upgrade geomcache",
-            )
-        return cls.parse(text, where, PackDamaged)

@@ -4,7 +4,9 @@ Shape letters: B batch, V views, H,W image, T steps, A action dim, S state dim.
 Images are true upright RGB; extrinsics are camera-to-robot-base in OpenCV axes (x right, y down, z forward).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,15 @@ class FrameBatch:
             None if self.intrinsics_BV33 is None else self.intrinsics_BV33[rows],
             None if self.extrinsics_BV44 is None else self.extrinsics_BV44[rows],
         )
+
+    @classmethod
+    def join(cls, parts: Sequence["FrameBatch"]) -> "FrameBatch":
+        """The rows of several batches of one kind, in order."""
+        joined: dict[str, Any] = {}
+        for field_ in fields(cls):
+            arrays = [getattr(part, field_.name) for part in parts]
+            joined[field_.name] = None if arrays[0] is None else np.concatenate(arrays)
+        return cls(**joined)
 
 
 @dataclass(frozen=True)

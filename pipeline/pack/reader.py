@@ -55,7 +55,7 @@ class PackReader:
                 found="no such folder" if not path.exists() else "a folder without it (unfinished or something else)",
                 fix=f"geomcache pack build SOURCE --out {path}",
             )
-        self.info = PackInfo.read(card.read_bytes(), str(card))
+        self.info = PackInfo.read(card, PackDamaged)
         for file in (*self.info.shards, *self.info.index):
             found = (path / file.name).stat().st_size if (path / file.name).exists() else -1
             if found != file.bytes:

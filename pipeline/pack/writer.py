@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.errors import InputError, PackDamaged
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.cache_schemas.pack_info import (
     EPISODES_NAME,
@@ -62,7 +62,7 @@ def build_pack(
     )
     _require_same_request(out, request)
     if (out / PACK_NAME).exists():
-        return PackInfo.read((out / PACK_NAME).read_bytes(), str(out / PACK_NAME)), True
+        return PackInfo.read(out / PACK_NAME, PackDamaged), True
     write_atomic(out / _REQUEST_NAME, request.model_dump_json(indent=2))
     remove_leftovers(out)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from geomcache.cache_schemas.errors import CacheIncomplete, CacheMissing, InputError
+from geomcache.cache_schemas.errors import CacheDamaged, CacheIncomplete, CacheMissing, InputError
 from geomcache.cache_schemas.layout import shard_path
 from geomcache.cache_schemas.manifest import MANIFEST_NAME, Manifest, TokenRecipe
 from geomcache.cache_schemas.token_spec import TokenSpec
@@ -35,7 +35,7 @@ def open_manifest(path: Path) -> Manifest:
             found="no such folder" if not path.exists() else "a folder without it",
             fix=f"geomcache extract --pack PACK --encoder NAME --out {path}",
         )
-    return Manifest.read(manifest.read_bytes(), str(manifest))
+    return Manifest.read(manifest, CacheDamaged)
 
 
 class CachedTokens:

@@ -30,7 +30,7 @@ def create_or_open(path: Path, manifest: Manifest, card: str) -> None:
     require_own_folder(path, lambda folder: (folder / MANIFEST_NAME).exists(), "a token cache")
     standing_path = path / MANIFEST_NAME
     if standing_path.exists():
-        standing = Manifest.read(standing_path.read_bytes(), str(standing_path))
+        standing = Manifest.read(standing_path, CacheDamaged)
         ignored = {"geomcache_version": manifest.geomcache_version}
         if differences := standing.model_copy(update=ignored).describe_difference(manifest):
             raise CacheStale(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import CacheStale, ContractMismatch
 from geomcache.cache_schemas.manifest import TokenRecipe
-from geomcache.pipeline.frames import Observation
+from geomcache.pipeline.frames import FrameBatch, Observation
 from geomcache.pipeline.tokens import LiveTokens, build_codec, build_encoder, token_recipe
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.checkpoint import latest_checkpoint, load_policy, read_card
@@ -92,23 +92,18 @@ class LivePolicy:
 
     def act(self, observations: Sequence[Observation], noise_seeds: Sequence[int]) -> NDArray[np.float32]:
         """Action chunks [B, T, 7] in environment units; ``noise_seeds`` key each sample's flow noise by itself."""
-        images = np.concatenate([seen.frame.images_BVHWC for seen in observations])
+        frames = FrameBatch.join([seen.frame for seen in observations])
         states = np.stack([seen.state_S for seen in observations])
         batch = PolicyBatch(
-            **self._net.backbone.packer(images, [seen.instruction for seen in observations]),
+            **self._net.backbone.packer(frames.images_BVHWC, [seen.instruction for seen in observations]),
             proprio_BP=torch.from_numpy(self.card.normaliser.state.normalise(states)),
-            tokens_BVGD=self._tokens(observations),
+            tokens_BVGD=self._live.tokens(frames) if self._live else None,
         ).to(self._device)
         noise = torch.stack([self._net.draw_noise(seed) for seed in noise_seeds])
         normalised = self._net.sample(batch, noise_BTA=noise).cpu().numpy()
         actions = self.card.normaliser.action.denormalise(normalised)
         actions[..., -1] = np.where(actions[..., -1] > 0, 1.0, -1.0)  # the gripper opens or closes, nothing between
         return np.clip(actions, -1.0, 1.0)
-
-    def _tokens(self, observations: Sequence[Observation]) -> torch.Tensor | None:
-        if self._live is None:
-            return None
-        return torch.cat([self._live.tokens(seen.frame) for seen in observations])
 
 
 def noise_seed(seed: int, episode: str, query: int) -> int:

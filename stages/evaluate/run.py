@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import geomcache
-from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.base import Schema, VersionedSchema
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.pipeline.devices import resolve_device
@@ -50,10 +50,9 @@ class TaskResult(Schema):
     filmstrip: str  # picture of the task's first episode
 
 
-class EvalResults(Schema):
+class EvalResults(VersionedSchema):
     """results.json."""
 
-    schema_version: int = 1
     config: EvalConfig
     checkpoint_weights: str  # SHA-256 of policy.safetensors
     checkpoint_step: int
@@ -185,7 +184,7 @@ def _finished_episodes(config: EvalConfig, weights: str) -> dict[tuple[int, int]
     path = config.out / RESULTS_NAME
     if not path.exists():
         return {}
-    standing = EvalResults.parse(path.read_bytes(), str(path), InputError)
+    standing = EvalResults.read(path, InputError)
     differences = standing.config.describe_difference(config)
     differences += [] if standing.checkpoint_weights == weights else ["the checkpoint's weights"]
     if differences:
@@ -253,4 +252,4 @@ class _Results:
 def read_results(folder: Path) -> EvalResults:
     """results.json of an evaluation."""
     path = folder / RESULTS_NAME
-    return EvalResults.parse(path.read_bytes(), str(path), InputError)
+    return EvalResults.read(path, InputError)

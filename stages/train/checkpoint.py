@@ -12,22 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.base import VersionedSchema
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.errors import InputError, SchemaTooNew
-from geomcache.cache_schemas.manifest import SchemaVersion, TokenRecipe
+from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.files import sync_folder, temporary_name, write_atomic
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.policy import PolicyConfig, PolicyNet
 
-CHECKPOINT_SCHEMA_VERSION = 1
 _CARD, _WEIGHTS, _OPTIMIZER, _BACKBONE = "card.json", "policy.safetensors", "optimizer.pt", "backbone"
 
 
-class CheckpointCard(Schema):
+class CheckpointCard(VersionedSchema):
     """What the weights mean; evaluation is built from this, not from the command line."""
 
-    schema_version: int = CHECKPOINT_SCHEMA_VERSION
     step: int  # optimiser steps done
     policy: PolicyConfig
     contract: Contract  # of the frames it was trained on
@@ -63,16 +61,7 @@ def latest_checkpoint(path: Path) -> Path:
 
 def read_card(checkpoint: Path) -> CheckpointCard:
     """The card of a checkpoint; a newer schema or damage is an error by name."""
-    text, where = (checkpoint / _CARD).read_bytes(), str(checkpoint / _CARD)
-    version = SchemaVersion.parse(text, where, InputError).schema_version
-    if version > CHECKPOINT_SCHEMA_VERSION:
-        raise SchemaTooNew(
-            f"{where} was written by a newer geomcache",
-            expected=f"schema version <= {CHECKPOINT_SCHEMA_VERSION}",
-            found=f"schema version {version}",
-            fix="pip install --upgrade geomcache",
-        )
-    return CheckpointCard.parse(text, where, InputError)
+    return CheckpointCard.read(checkpoint / _CARD, InputError)
 
 
 def save_checkpoint(
