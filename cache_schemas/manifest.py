@@ -1,6 +1,6 @@
 """manifest.json of a cache, and the commit record that stands beside every finished shard."""
 
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -37,6 +37,14 @@ class TokenRecipe(Schema):
     fingerprint: Fingerprint
     encoder: EncoderRecord
 
+    def describe_difference(self, other: Self) -> list[str]:
+        """Differences of what the tokens are; where the encoder's weights lie on a machine is none."""
+        return [
+            f"{name}.{line}"
+            for name in ("spec", "contract", "fingerprint")
+            for line in getattr(self, name).describe_difference(getattr(other, name))
+        ]
+
 
 class Manifest(VersionedSchema):
     """What a cache is. Written once, before the first shard; never changed."""
@@ -46,6 +54,12 @@ class Manifest(VersionedSchema):
     rows_per_shard: int = Field(ge=1)
     arrays: dict[str, ArraySpec]
     geomcache_version: str
+
+    def describe_difference(self, other: Self) -> list[str]:
+        """Differences of what the cache holds; the version that wrote it is none."""
+        same = {"recipe": other.recipe, "geomcache_version": other.geomcache_version}
+        rest = super(Manifest, self.model_copy(update=same)).describe_difference(other)
+        return [f"recipe.{line}" for line in self.recipe.describe_difference(other.recipe)] + rest
 
     @property
     def shards(self) -> int:

@@ -77,8 +77,9 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _place(data: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
     *path, last = keys
     for key in path:
-        inner = data.setdefault(key, {})
+        inner = data.get(key, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {text}: {key} is not a group of settings", found=repr(inner))
-        data = inner
+        data[key] = dict(inner)  # a copy: YAML anchors let several places share one mapping
+        data = data[key]
     data[last] = value

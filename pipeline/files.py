@@ -1,7 +1,10 @@
 """Writing files so that a reader never sees half of one: temporary name, fsync, rename, fsync of the folder."""
 
 import os
+import resource
+import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +18,12 @@ from geomcache.cache_schemas.errors import InputError
 
 CONFIG_NAME = "config.yaml"
 TEMPORARY_SUFFIX = ".partial"
+_ABANDONED_AFTER_SECONDS = 3600.0
 
 
 def temporary_name(path: Path) -> Path:
     """A name in the same folder that no other host, process or thread uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
 
 
 @contextmanager
@@ -49,6 +53,13 @@ def write_config(folder: Path, config: Schema) -> None:
     write_atomic(folder / CONFIG_NAME, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
+def allow_many_open_files() -> None:
+    """Raise this process's soft limit of open files to the hard one: readers keep shard files open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def make_folder(folder: Path) -> None:
     """``mkdir -p`` that also makes each new folder durable."""
     if folder.is_dir():
@@ -68,11 +79,31 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files that killed writers left; returns how many."""
-    leftovers = list(folder.rglob(f".*{TEMPORARY_SUFFIX}"))
+    """Delete temporary files and folders that killed writers left; returns how many.
+
+    Those of a process that still runs on this host, or written within the last hour on another, are left alone.
+    """
+    leftovers = [path for path in folder.rglob(f".*{TEMPORARY_SUFFIX}") if _is_abandoned(path)]
     for path in leftovers:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        *_, host, process, _, _ = path.name.split(".")
+        if host == _host():
+            return not Path(f"/proc/{int(process)}").exists() or int(process) == os.getpid()
+        return time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS
+    except (ValueError, FileNotFoundError):  # not one of our names, or gone meanwhile
+        return False
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
 
 
 def require_own_folder(folder: Path, is_ours: Callable[[Path], bool], what: str) -> None:
@@ -83,11 +114,12 @@ def require_own_folder(folder: Path, is_ours: Callable[[Path], bool], what: str)
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file", expected=f"a folder for {what}", fix="choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
-        names = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = [name for name in names if not (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))]
+    if names and not is_ours(folder):
         raise InputError(
             f"the output folder {folder} already holds something else",
             expected=f"an empty or new folder, or {what}",
-            found=names,
+            found=", ".join(names[:4]),
             fix="choose another --out, or move these files away",
         )

@@ -17,6 +17,7 @@ from geomcache.cache_schemas.errors import InputError, PackDamaged
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.cache_schemas.layout import shard_of
 from geomcache.cache_schemas.pack_info import EPISODES_NAME, PACK_NAME, ROWS_NAME, PackInfo
+from geomcache.pipeline.files import allow_many_open_files
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.pack.format import shard_name
 
@@ -68,6 +69,7 @@ class PackReader:
         self._offsets = self._column("offset")
         self._sizes = self._column("size")
         self._files: OrderedDict[int, int] = OrderedDict()
+        allow_many_open_files()
 
     def __len__(self) -> int:
         return self.info.rows

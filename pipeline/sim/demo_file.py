@@ -1,27 +1,31 @@
 """Writing one file of demonstrations in LIBERO's layout; see recorder.py for the fields and the timing.
 
 Non-obvious:
-- The file is written under a temporary name and renamed when complete, so a finished name is a finished file.
+- A file is written under a temporary name and renamed when complete, so a finished name is a finished file.
 - LIBERO stores ``bddl_file_name`` relative to its repository; an absolute path would name the recording machine. The
   MJCF in ``model_file`` names meshes by absolute path, which is cut to LIBERO's own relative form too.
 - ``problem_info["language_instruction"]`` is the BDDL file's own wording, as in LIBERO's files. The instruction that
   policies are given is the task's name in words; it is stored beside it as the attribute ``instruction``.
 """
 
-import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import CameraContract
+from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.fingerprint import digest_json
+from geomcache.pipeline.files import remove_leftovers, sync_folder, temporary_name
+from geomcache.pipeline.official_layout import file_camera_name
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.suites import TaskInfo
 from geomcache.pipeline.sim.system import quiet_simulator
@@ -31,7 +35,6 @@ RECORDER_VERSION = 1  # raise it when the same configuration would record someth
 SETTLE_STEPS = 10  # no-ops before the expert acts; only the last is recorded
 CAP_INDEX = 0  # recorded steps that were dropped at the start; LIBERO's own script drops 5
 
-_OFFICIAL_CAMERA_NAMES = {"robot0_eye_in_hand": "eye_in_hand"}
 _IMAGE_FILTER: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 
@@ -49,27 +52,29 @@ class Config(Schema):
     cameras: tuple[str, ...] = Field(default=("agentview", "robot0_eye_in_hand"), min_length=1)
     max_attempts: int | None = Field(default=None, ge=1)  # tries per task; None = twice the episodes
 
+    @field_validator("tasks")
+    @classmethod
+    def _each_task_once(cls, tasks: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError(f"a task is named twice in {list(tasks)}")
+        return tasks
+
     def digest(self, task: TaskInfo) -> str:
-        """SHA-256 of everything that decides what one task's file holds."""
-        content = self.model_dump(mode="json", exclude={"tasks"})
-        content |= {"task": task.name, "recorder_version": RECORDER_VERSION}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Of everything that decides what attempt k at a task gives (not of how many are wanted)."""
+        content = self.model_dump(mode="json", exclude={"tasks", "episodes", "max_attempts"})
+        return digest_json(content | {"task": task.name, "recorder_version": RECORDER_VERSION})
 
 
-def official_camera_name(camera: str) -> str:
-    """The prefix of a camera's fields in the file."""
-    return _OFFICIAL_CAMERA_NAMES.get(camera, camera)
-
-
-def digest_of(path: Path) -> str | None:
-    """The recorder digest of a file, or None if it has none or is no HDF5 file."""
+def recorded_in(path: Path) -> tuple[str | None, dict[int, str]]:
+    """(recorder digest, attempt -> name of its demonstration) of a file; (None, {}) if it is none of ours."""
     import h5py
 
-    if not h5py.is_hdf5(path):
-        return None
-    with h5py.File(path, "r") as file:
-        found = file["data"].attrs.get("recorder_digest") if "data" in file else None
-    return None if found is None else str(found)
+    try:
+        with h5py.File(path, "r") as file:
+            digest = file["data"].attrs["recorder_digest"]
+            return str(digest), {int(demo.attrs["attempt"]): name for name, demo in file["data"].items()}
+    except (OSError, KeyError, RuntimeError):
+        return None, {}
 
 
 class Demo:
@@ -80,6 +85,7 @@ class Demo:
         env: LiberoEnv,
         config: Config,
         *,
+        attempt: int,
         seed: int,
         init_state_index: int,
         labels_TA: NDArray[np.float64],
@@ -97,6 +103,7 @@ class Demo:
             "depth_near": near,
             "depth_far": far,
             "robot_base_pose": env.robot_base_pose().reshape(16),
+            "attempt": attempt,
             "seed": seed,
             "init_state_index": init_state_index,
             "noise": config.noise,
@@ -116,7 +123,7 @@ class Demo:
             "robot_states": np.concatenate([robot.gripper_qpos_2, robot.ee_pos_3, robot.ee_quat_xyzw]),
         }
         for camera in self.cameras:
-            view, name = env.raw_camera(camera.name), official_camera_name(camera.name)
+            view, name = env.raw_camera(camera.name), file_camera_name(camera.name)
             row[f"obs/{name}_rgb"] = view.rgb_HWC
             row[f"obs/{name}_depth"] = view.zbuffer_HW[..., None]
             row[f"obs/{name}_intrinsics"] = view.intrinsics_33
@@ -126,11 +133,11 @@ class Demo:
 
 
 class DemoFile:
-    """A file being written; appears under its name only if it holds at least one demonstration."""
+    """A file being written; appears under its name whole, and only if it holds at least one demonstration."""
 
     def __init__(self, path: Path, config: Config, task: TaskInfo) -> None:
         self._path, self._config, self._task = path, config, task
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._temporary = temporary_name(path)
         self._file: Any = None
         self._demos = self._total = 0
 
@@ -161,21 +168,78 @@ class DemoFile:
             assert len(stacked) == len(demo.labels_TA), "one observation per action"
             options = {**_IMAGE_FILTER, "chunks": (1, *stacked.shape[1:])} if stacked.ndim == 4 else {}
             group.create_dataset(name, data=stacked, **options)
+        self._count(len(demo.labels_TA))
+
+    def add_copy(self, source: Path, name: str) -> int:
+        """Copy one demonstration from another file; returns its steps."""
+        import h5py
+
+        with h5py.File(source, "r") as file:
+            file.copy(f"data/{name}", self._file["data"], f"demo_{self._demos}")
+            steps = int(file[f"data/{name}"].attrs["num_samples"])
+        self._count(steps)
+        return steps
+
+    def _count(self, steps: int) -> None:
         self._demos += 1
-        self._total += len(demo.labels_TA)
+        self._total += steps
         self._file["data"].attrs["num_demos"] = self._demos
         self._file["data"].attrs["total"] = self._total
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is None and self._demos:
-            with self._temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            self._temporary.replace(self._path)
-        else:
+        try:
+            self._file.close()
+            if kind is None and self._demos:
+                with self._temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                self._temporary.replace(self._path)
+                sync_folder(self._path.parent)
+        except RuntimeError as problem:  # what h5py says when the last buffers do not fit on the disk
+            raise InputError(
+                f"{self._path} could not be written",
+                found=str(problem),
+                fix="make room, then run the same command again; finished demonstrations are kept",
+            ) from problem
+        finally:
             self._temporary.unlink(missing_ok=True)
+
+
+class DemoCollection:
+    """The demonstrations of one task, each safe on disk as soon as it is recorded.
+
+    While a task is being recorded every demonstration is a file of its own in a hidden folder; ``finish`` joins them
+    under the task's name. What a stopped run left, and what a finished file holds, is not recorded again.
+    """
+
+    def __init__(self, path: Path, config: Config, task: TaskInfo) -> None:
+        self._path, self._config, self._task = path, config, task
+        self._parts = path.with_name(f".{path.name}.parts")
+        remove_leftovers(path.parent)
+        self._found: dict[int, tuple[Path, str]] = {}
+        for source in [*self._parts.glob("attempt_*.hdf5"), path]:
+            digest, attempts = recorded_in(source)
+            if digest == config.digest(task):
+                self._found |= {attempt: (source, name) for attempt, name in attempts.items()}
+
+    def __contains__(self, attempt: int) -> bool:
+        return attempt in self._found
+
+    def add(self, attempt: int, demo: Demo) -> None:
+        """Keep one demonstration."""
+        self._parts.mkdir(exist_ok=True)
+        part = self._parts / f"attempt_{attempt:06d}.hdf5"
+        with DemoFile(part, self._config, self._task) as file:
+            file.add(demo)
+        self._found[attempt] = part, "demo_0"
+
+    def finish(self) -> int:
+        """Write the task's file from all demonstrations, in order of their attempts; returns its steps."""
+        with DemoFile(self._path, self._config, self._task) as file:
+            steps = sum(file.add_copy(*self._found[attempt]) for attempt in sorted(self._found))
+        shutil.rmtree(self._parts, ignore_errors=True)
+        return steps
 
 
 def _file_attributes(config: Config, task: TaskInfo) -> dict[str, Any]:
@@ -220,7 +284,7 @@ def _file_attributes(config: Config, task: TaskInfo) -> dict[str, Any]:
         "recorder_config": config.model_dump_json(),
         "recorder_digest": config.digest(task),
         "cap_index": CAP_INDEX,
-        "camera_names": json.dumps([official_camera_name(name) for name in config.cameras]),
+        "camera_names": json.dumps([file_camera_name(name) for name in config.cameras]),
     }
 
 

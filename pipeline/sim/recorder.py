@@ -23,7 +23,6 @@ Non-obvious:
   object is still being held.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -106,8 +105,8 @@ def record(config: Config, out: Path, progress: Callable[[EpisodeReport], None] 
             log.info("%s is already recorded, skipped", files[task].name)
             written.append(files[task])
             continue
-        tried, done, steps = _record_task(config, task, files[task], progress)
-        attempted, succeeded, frames = attempted + tried, succeeded + done, frames + steps
+        tried, solved, done, steps = _record_task(config, task, files[task], progress)
+        attempted, succeeded, frames = attempted + tried, succeeded + solved, frames + steps
         if done:
             written.append(files[task])
         if done < config.episodes:
@@ -126,38 +125,48 @@ def record(config: Config, out: Path, progress: Callable[[EpisodeReport], None] 
 
 
 def _is_recorded(path: Path, config: Config, task: suites.TaskInfo) -> bool:
+    """Whether the task's file is complete; a file that holds fewer demonstrations of the same kind is continued."""
     if not path.exists():
         return False
-    found = demo_file.digest_of(path)
-    if found == config.digest(task):
-        return True
+    digest, attempts = demo_file.recorded_in(path)
+    if digest == config.digest(task) and len(attempts) <= config.episodes:
+        return len(attempts) == config.episodes
+    found = "another recorder configuration"
+    if digest is None:
+        found = "a file that this recorder did not write"
+    elif digest == config.digest(task):
+        found = f"{len(attempts)} demonstrations, {config.episodes} were asked for"
     raise InputError(
         f"{path} exists and holds other demonstrations",
         expected="no file there, or one recorded with the same configuration",
-        found="a file that this recorder did not write" if found is None else "another recorder configuration",
+        found=found,
         fix=f"record into another folder, or remove it: rm {path}",
     )
 
 
 def _record_task(
     config: Config, task: suites.TaskInfo, path: Path, progress: Callable[[EpisodeReport], None] | None
-) -> tuple[int, int, int]:
-    """Return (attempts, demonstrations, steps written)."""
+) -> tuple[int, int, int, int]:
+    """Return (attempts made now, successes among them, demonstrations in the file, steps in the file)."""
     most = config.max_attempts if config.max_attempts is not None else 2 * config.episodes
-    attempt = demos = steps = 0
-    env = LiberoEnv(
+    collection = demo_file.DemoCollection(path, config, task)
+    attempt = demos = tried = succeeded = 0
+    with LiberoEnv(
         config.suite, task.index, cameras=config.cameras, height=config.height, width=config.width, depth=True
-    )
-    with env, demo_file.DemoFile(path, config, task) as file:
+    ) as env:
         while demos < config.episodes and attempt < most:
+            if attempt in collection:
+                demos, attempt = demos + 1, attempt + 1
+                continue
             seed = config.seed + attempt
             init = (config.first_init_state + attempt) % task.n_init_states
             clock = time.perf_counter()
             plan = _plan(env, seed, init, config.noise)
             planned = time.perf_counter()
+            tried += 1
             if plan is not None:
-                file.add(_replay(env, plan, seed, init, config))
-                demos, steps = demos + 1, steps + len(plan.labels_TA)
+                collection.add(attempt, _replay(env, plan, attempt, seed, init, config))
+                demos, succeeded = demos + 1, succeeded + 1
             if progress is not None:
                 progress(
                     EpisodeReport(
@@ -175,7 +184,7 @@ def _record_task(
                     )
                 )
             attempt += 1
-    return attempt, demos, steps
+    return tried, succeeded, demos, collection.finish()
 
 
 def _start(env: LiberoEnv, seed: int, init: int, settle_steps: int) -> None:
@@ -204,12 +213,13 @@ def _plan(env: LiberoEnv, seed: int, init: int, noise: float) -> _Plan | None:
     return None
 
 
-def _replay(env: LiberoEnv, plan: _Plan, seed: int, init: int, config: Config) -> Demo:
+def _replay(env: LiberoEnv, plan: _Plan, attempt: int, seed: int, init: int, config: Config) -> Demo:
     """Execute the plan again, rendering after every step, and prove that it is the same episode."""
     _start(env, seed, init, demo_file.SETTLE_STEPS)
     demo = Demo(
         env,
         config,
+        attempt=attempt,
         seed=seed,
         init_state_index=init,
         labels_TA=plan.labels_TA,
@@ -230,8 +240,3 @@ def _require_equal(found: NDArray[np.float64], planned: NDArray[np.float64], see
         raise RuntimeError(
             f"the simulator did not repeat itself (seed {seed}, step {step}, largest state error {error:g})"
         )
-
-
-def config_from_json(text: str) -> Config:
-    """Read back the configuration that a file was recorded with."""
-    return Config.model_validate(json.loads(text))

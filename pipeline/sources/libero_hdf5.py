@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import field_validator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import ACTION_DIM, CameraContract, Contract, ImageOrientation
@@ -26,12 +27,11 @@ from geomcache.cache_schemas.errors import InputError, SourceDamaged
 from geomcache.cache_schemas.fingerprint import digest_file, digest_json
 from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
 from geomcache.pipeline.frames import Episode, FrameBatch
+from geomcache.pipeline.official_layout import file_camera_name, instruction_of, simulator_camera_name
 from geomcache.pipeline.orientation import to_upright
 
 _VERSION = 1  # raised whenever the same files give other episodes
 _RE_DOWNLOAD = "download or record the file again, or leave it out of the folder"
-# The official files drop the simulator's prefix from the wrist camera's name.
-_FILE_CAMERA_NAMES = {"robot0_eye_in_hand": "eye_in_hand"}
 
 
 class Config(Schema):
@@ -40,6 +40,16 @@ class Config(Schema):
     path: Path  # one .hdf5 file, or a folder of them (searched recursively)
     cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # V views in order, by simulator name
     image_orientation: ImageOrientation = "bottom_up"
+
+    @field_validator("cameras")
+    @classmethod
+    def _simulator_names(cls, cameras: tuple[str, ...]) -> tuple[str, ...]:
+        for camera in cameras:
+            if simulator_camera_name(camera) != camera:
+                raise ValueError(f"{camera} is a file's short name; say {simulator_camera_name(camera)}")
+        if not cameras or len(set(cameras)) != len(cameras):
+            raise ValueError("at least one camera, none twice")
+        return cameras
 
 
 class Source:
@@ -93,10 +103,12 @@ class Source:
             obs = _member(file, f"data/{name}/obs", path)
             cameras, has_depth = [], True
             for camera in self.config.cameras:
-                images = _member(obs, f"{_file_name(camera)}_rgb", path, camera=camera)
+                images = _member(obs, f"{file_camera_name(camera)}_rgb", path, camera=camera)
+                if images.ndim != 4 or images.shape[-1] != 3:
+                    raise _damaged(path, name, f"{images.name} has shape {images.shape}, expected (T, H, W, 3)")
                 cameras.append(CameraContract(name=camera, height=images.shape[1], width=images.shape[2]))
                 has_depth &= all(
-                    f"{_file_name(camera)}_{field}" in obs for field in ("depth", "intrinsics", "extrinsics")
+                    f"{file_camera_name(camera)}_{field}" in obs for field in ("depth", "intrinsics", "extrinsics")
                 )
             return Contract(image_orientation="upright", cameras=tuple(cameras), has_depth=has_depth)
 
@@ -108,16 +120,21 @@ class Source:
         if actions_TA.shape != (steps, ACTION_DIM) or steps < 2:
             raise _damaged(path, name, f"actions of shape {actions_TA.shape}, expected (T >= 2, {ACTION_DIM})")
 
-        def field(key: str) -> NDArray[Any]:
+        def field(key: str, *shape: int) -> NDArray[Any]:
             values = np.asarray(_member(obs, key, path))
-            if len(values) != steps:
+            if len(values.shape) and len(values) != steps:
                 raise _damaged(path, name, f"obs/{key} has {len(values)} steps but there are {steps} actions")
+            if values.shape[1:] != shape or values.dtype.kind not in "fiu":
+                raise _damaged(path, name, f"obs/{key} is {values.dtype} {values.shape[1:]} a step, expected {shape}")
+            return finite(f"obs/{key}", values)
+
+        def finite(what: str, values: NDArray[Any]) -> NDArray[Any]:
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise _damaged(path, name, f"{what} hold NaN or infinite numbers")
             return values
 
-        states_TS = np.concatenate([field("ee_states"), field("gripper_states")], axis=1).astype(np.float32)
-        for what, values in (("actions", actions_TA), ("states", states_TS)):
-            if not np.isfinite(values).all():
-                raise _damaged(path, name, f"{what} hold NaN or infinite numbers")
+        finite("actions", actions_TA)
+        states_TS = np.concatenate([field("ee_states", 6), field("gripper_states", 2)], axis=1).astype(np.float32)
         frames = self._read_frames(demo, field, path, name)
         task = path.stem.removesuffix("_demo")
         return Episode(
@@ -134,23 +151,20 @@ class Source:
     def _read_frames(self, demo: h5py.Group, field: Any, path: Path, name: str) -> FrameBatch:
         images, depths, intrinsics, extrinsics = [], [], [], []
         for camera in self.contract.cameras:
-            stored = _file_name(camera.name)
-            image = field(f"{stored}_rgb")
-            if image.shape[1:] != (camera.height, camera.width, 3) or image.dtype != np.uint8:
-                raise _damaged(
-                    path,
-                    name,
-                    f"obs/{stored}_rgb is {image.dtype} {image.shape[1:]}, "
-                    f"the first demonstration's is uint8 {(camera.height, camera.width, 3)}",
-                )
+            stored, height, width = file_camera_name(camera.name), camera.height, camera.width
+            image = field(f"{stored}_rgb", height, width, 3)
+            if image.dtype != np.uint8:
+                raise _damaged(path, name, f"obs/{stored}_rgb is {image.dtype}, expected uint8")
             images.append(to_upright(image, self.config.image_orientation, row_axis=1))
             if self.contract.has_depth:
                 near, far = float(demo.attrs["depth_near"]), float(demo.attrs["depth_far"])
-                z_buffer = to_upright(field(f"{stored}_depth")[..., 0], self.config.image_orientation, row_axis=1)
+                z_buffer = to_upright(
+                    field(f"{stored}_depth", height, width, 1)[..., 0], self.config.image_orientation, row_axis=1
+                )
                 depths.append(metric_depth(z_buffer, near, far))
-                intrinsics.append(field(f"{stored}_intrinsics"))
+                intrinsics.append(field(f"{stored}_intrinsics", 3, 3))
                 base_from_world = inverse_pose(np.asarray(demo.attrs["robot_base_pose"]).reshape(4, 4))
-                extrinsics.append(base_from_world @ field(f"{stored}_extrinsics"))
+                extrinsics.append(base_from_world @ field(f"{stored}_extrinsics", 4, 4))
         if not self.contract.has_depth:
             return FrameBatch(np.stack(images, axis=1))
         return FrameBatch(
@@ -159,15 +173,6 @@ class Source:
             np.stack(intrinsics, axis=1),
             np.stack(extrinsics, axis=1),
         )
-
-
-def instruction_of(task: str) -> str:
-    """LIBERO's rule: the task's name with spaces; names of libero_10 and libero_90 lose ``KITCHEN_SCENE3_``."""
-    return re.sub(r"^[A-Z_]*SCENE\d+_", "", task).replace("_", " ")
-
-
-def _file_name(camera: str) -> str:
-    return _FILE_CAMERA_NAMES.get(camera, camera)
 
 
 def _find_files(path: Path) -> list[Path]:
@@ -190,7 +195,8 @@ def _find_files(path: Path) -> list[Path]:
 
 def _demo_names(path: Path) -> list[str]:
     with _open(path) as file:
-        return sorted(_member(file, "data", path), key=lambda name: int(name.removeprefix("demo_")))
+        names = [name for name in _member(file, "data", path) if re.fullmatch(r"demo_\d+", name)]
+        return sorted(names, key=lambda name: int(name.removeprefix("demo_")))
 
 
 def _open(path: Path) -> h5py.File:

@@ -14,6 +14,7 @@ from geomcache.cache_schemas.errors import CacheDamaged, CacheIncomplete, CacheM
 from geomcache.cache_schemas.layout import shard_path
 from geomcache.cache_schemas.manifest import MANIFEST_NAME, Manifest, TokenRecipe
 from geomcache.cache_schemas.token_spec import TokenSpec
+from geomcache.pipeline.files import allow_many_open_files
 from geomcache.pipeline.store.shard_file import read_index, read_rows
 from geomcache.pipeline.store.writer import read_commits
 from geomcache.pipeline.tokens import build_codec
@@ -59,6 +60,7 @@ class CachedTokens:
         self._codec = build_codec(self.spec.codec)
         self._indices: dict[tuple[str, int], NDArray[np.uint64]] = {}
         self._files: OrderedDict[Path, int] = OrderedDict()
+        allow_many_open_files()
 
     @property
     def recipe(self) -> TokenRecipe:
@@ -86,7 +88,8 @@ class CachedTokens:
                 shard, slot = divmod(int(row), self.manifest.rows_per_shard)
                 path = self.path / shard_path(name, shard, len(array.row_shape))
                 view = memoryview(batch[position]).cast("B")
-                read_rows(self._file(path), path, self._index(name, shard, path), [slot], [view])
+                index = self._index(name, shard, path)  # first: it names a missing file as damage
+                read_rows(self._file(path), path, index, [slot], [view])
             out[name] = batch
         return out
 

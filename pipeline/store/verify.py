@@ -11,8 +11,10 @@ from geomcache.cache_schemas.errors import CacheDamaged, GeomcacheError
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.cache_schemas.layout import commit_path, shard_path, shard_rows
 from geomcache.cache_schemas.manifest import Manifest, ShardCommit
+from geomcache.pipeline.files import write_atomic
 from geomcache.pipeline.store.reader import open_manifest
 from geomcache.pipeline.store.shard_file import read_index, read_rows
+from geomcache.pipeline.store.writer import zarr_metadata
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,22 @@ class VerifyResult:
     shards: int
     committed: int
     damaged: dict[int, str]
+    metadata: tuple[str, ...]  # zarr.json files that are missing or not those of the manifest
     repaired: bool
 
     @property
     def complete(self) -> bool:
         """Every shard is there and whole."""
-        return self.committed == self.shards and not self.damaged
+        return self.committed == self.shards and not self.damaged and not self.metadata
 
 
 def verify_cache(path: Path, *, repair: bool, progress: Callable[[int, int], None]) -> VerifyResult:
     """Check every byte of the cache; with ``repair`` drop damaged shards so that extract redoes just those."""
     manifest = open_manifest(path)
+    wrong = [name for name, text in zarr_metadata(manifest).items() if not _holds(path / name, text)]
+    if repair:
+        for name in wrong:
+            write_atomic(path / name, zarr_metadata(manifest)[name])
     committed, damaged = 0, {}
     for shard in range(manifest.shards):
         record = path / commit_path(shard)
@@ -45,7 +52,11 @@ def verify_cache(path: Path, *, repair: bool, progress: Callable[[int, int], Non
                 if repair:
                     record.unlink(missing_ok=True)
         progress(shard + 1, manifest.shards)
-    return VerifyResult(manifest.shards, committed, damaged, repair and bool(damaged))
+    return VerifyResult(manifest.shards, committed, damaged, tuple(wrong), repair and bool(damaged or wrong))
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_bytes() == text.encode()
 
 
 def _check_shard(path: Path, manifest: Manifest, shard: int, commit: ShardCommit) -> None:

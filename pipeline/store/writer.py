@@ -31,8 +31,7 @@ def create_or_open(path: Path, manifest: Manifest, card: str) -> None:
     standing_path = path / MANIFEST_NAME
     if standing_path.exists():
         standing = Manifest.read(standing_path, CacheDamaged)
-        ignored = {"geomcache_version": manifest.geomcache_version}
-        if differences := standing.model_copy(update=ignored).describe_difference(manifest):
+        if differences := standing.describe_difference(manifest):
             raise CacheStale(
                 f"{path} holds a cache of something else",
                 expected="the same pack, encoder, weights, codec and shard size",
@@ -40,19 +39,26 @@ def create_or_open(path: Path, manifest: Manifest, card: str) -> None:
                 fix="choose another --out, or delete this folder if it is not needed",
             )
         remove_leftovers(path)
-        return
-    write_atomic(path / "zarr.json", json.dumps(group_metadata({"geomcache": MANIFEST_NAME}), indent=2))
+    else:
+        write_atomic(standing_path, manifest.model_dump_json(indent=2))
+        write_atomic(path / "README.md", card)
+    for name, text in zarr_metadata(manifest).items():
+        if not (path / name).exists():  # also when an earlier run was stopped right here
+            write_atomic(path / name, text)
+
+
+def zarr_metadata(manifest: Manifest) -> dict[str, str]:
+    """Path inside the store -> content of every zarr.json."""
+    documents = {"zarr.json": group_metadata({"geomcache": MANIFEST_NAME})}
     for name, array in manifest.arrays.items():
-        metadata = array_metadata(
+        documents[f"{name}/zarr.json"] = array_metadata(
             rows=manifest.rows,
             rows_per_shard=manifest.rows_per_shard,
             row_shape=array.row_shape,
             dtype=array.dtype,
             attributes={"logical_dtype": array.logical_dtype},
         )
-        write_atomic(path / name / "zarr.json", json.dumps(metadata, indent=2))
-    write_atomic(path / "README.md", card)
-    write_atomic(standing_path, manifest.model_dump_json(indent=2))
+    return {path: json.dumps(document, indent=2) for path, document in documents.items()}
 
 
 def commit_shard(

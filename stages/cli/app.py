@@ -38,6 +38,7 @@ _STORAGE_FAULTS = {
     errno.EEXIST: "a file stands where a folder is needed",
     errno.ENOENT: "there is no such file or folder",
     errno.ENAMETOOLONG: "the name is too long",
+    errno.EMFILE: "too many open files for this process (raise `ulimit -n`)",
     errno.EIO: "the disk reports an error",
     errno.EFBIG: "a file became larger than the file system or the process limit allows",
 }

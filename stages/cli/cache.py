@@ -64,6 +64,7 @@ def verify(
             "shards": result.shards,
             "committed": result.committed,
             "damaged": {str(shard): problem for shard, problem in result.damaged.items()},
+            "damaged_metadata": list(result.metadata),
             "complete": result.complete,
             "repaired": result.repaired,
         },

@@ -18,7 +18,7 @@ from geomcache.stages.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from geomcache.pipeline.sim.recorder import Config, EpisodeReport
+    from geomcache.pipeline.sim.recorder import Config, EpisodeReport, RecordSummary
 
 
 def demos(
@@ -51,8 +51,13 @@ def demos(
         say("these demonstrations stood already; nothing to do")
     values = {name: value for name, value in asdict(summary).items() if name != "skipped"}
     show_values({**values, "files": [str(path) for path in summary.files]}, as_json)
+    require_all(summary)
+
+
+def require_all(summary: "RecordSummary") -> None:
+    """Exit 1 when a task has fewer demonstrations than asked for."""
     if summary.short_tasks:
-        say("fewer demonstrations than asked for; raise max_attempts: " + ", ".join(summary.short_tasks))
+        say("fewer demonstrations than asked for, raise max_attempts to try further: " + ", ".join(summary.short_tasks))
         raise typer.Exit(EXIT_FINDING)
 
 

@@ -68,11 +68,13 @@ def quickstart(
 def _demos(settings: "QuickstartConfig") -> None:
     from geomcache.pipeline.config_errors import parse_config
     from geomcache.pipeline.sim.recorder import Config, record
-    from geomcache.stages.cli.demos import attempts_shown
+    from geomcache.stages.cli.demos import attempts_shown, require_all
 
     demos = parse_config(Config, settings.demos, "demos")
     with _Stage("demos") as (stage, progress):
-        stage.skipped = record(demos, settings.out / "demos", attempts_shown(progress, demos)).attempted == 0
+        summary = record(demos, settings.out / "demos", attempts_shown(progress, demos))
+        stage.skipped = summary.attempted == 0
+        require_all(summary)
 
 
 def _pack(settings: "QuickstartConfig") -> None:

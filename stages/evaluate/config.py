@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import ImageOrientation
@@ -29,6 +29,13 @@ class EvalConfig(Schema):
     horizon: int | None = Field(default=None, ge=1)  # control steps; None: the community's limit for the suite
     device: str = "auto"
     encoder_config: dict[str, object] = Field(default_factory=dict)  # e.g. where the same weights lie on this machine
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_task_once(cls, tasks: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if tasks is not None and len(set(tasks)) != len(tasks):
+            raise ValueError(f"a task is named twice in {list(tasks)}")
+        return tasks
 
     encoder: str | None = None
     cameras: tuple[str, ...] | None = None

@@ -141,11 +141,14 @@ class TrainingData:
                     fix=f"geomcache extract --pack {pair.pack} --encoder {cache.spec.encoder} --out NEW_CACHE",
                 )
             assert first_cache is not None
-            if differences := first_cache.spec.describe_difference(cache.spec):
+            differences = first_cache.spec.describe_difference(cache.spec)
+            mine = cache.recipe.fingerprint.model_copy(update={"pack": first_cache.recipe.fingerprint.pack})
+            if differences := differences + first_cache.recipe.fingerprint.describe_difference(mine):
                 raise CacheStale(
                     f"the caches {config.data[0].cache} and {pair.cache} hold different tokens",
-                    expected="one TokenSpec for the whole run",
+                    expected="one encoder with the same settings and weights for the whole run",
                     found="; ".join(differences),
+                    fix=f"geomcache extract --pack {pair.pack} with the encoder of {config.data[0].cache}",
                 )
 
 

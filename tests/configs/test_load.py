@@ -60,3 +60,12 @@ def test_yaml_objects_are_not_built(tmp_path: Path) -> None:
 def test_presets_are_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert {"quickstart/quickstart", "quickstart/smallest"} <= set(preset_names())
+
+
+def test_set_changes_one_place_where_yaml_anchors_share_a_mapping(tmp_path: Path) -> None:
+    from geomcache.configs.schema import QuickstartConfig
+
+    sets = ["train.pool.settings.learning_rate.head=7"]
+    config = load_config(QuickstartConfig, "quickstart/quickstart", sets, {"out": tmp_path})
+    assert config.train["pool"].settings["learning_rate"]["head"] == 7
+    assert config.train["none"].settings["learning_rate"]["head"] == 1e-3

@@ -1,6 +1,7 @@
 """One real episode: solved by the expert, recorded, read back with plain h5py, replayed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,25 @@ def test_a_finished_file_is_kept_and_another_recording_refused(
     monkeypatch.setattr(recorder, "LiberoEnv", None)  # nothing may be simulated
     again = record(CONFIG, out)
     assert (again.attempted, again.files, again.skipped) == (0, first.files, first.files)
-    assert recorder.config_from_json(CONFIG.model_dump_json()) == CONFIG
     with pytest.raises(InputError, match="another recorder configuration"):
         record(CONFIG.model_copy(update={"seed": 6}), out)
     (tmp_path / first.files[0].name).write_text("something")
     with pytest.raises(InputError, match="did not write"):
         record(CONFIG, tmp_path)
+
+
+def test_a_stopped_recording_goes_on_with_what_was_recorded(recording: Recording, tmp_path: Path) -> None:
+    """A demonstration is safe as soon as it is recorded; joined, the file is the undisturbed one, byte for byte."""
+    _, first, _ = recording
+    finished = first.files[0]
+    parts = tmp_path / f".{finished.name}.parts"
+    parts.mkdir()
+    shutil.copy(finished, parts / "attempt_000000.hdf5")
+    (parts / "attempt_000001.hdf5").write_bytes(b"cut by a kill")
+    again = record(CONFIG, tmp_path)
+    assert (again.attempted, again.frames) == (0, first.frames)
+    assert (tmp_path / finished.name).read_bytes() == finished.read_bytes()
+    assert not parts.exists()
 
 
 def test_a_task_beyond_the_expert_leaves_no_file(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from geomcache.cache_schemas.errors import UnknownName
+from geomcache.pipeline.official_layout import instruction_of
 from geomcache.pipeline.sim import suites
-from geomcache.pipeline.sources.libero_hdf5 import instruction_of
 
 pytestmark = pytest.mark.sim
 

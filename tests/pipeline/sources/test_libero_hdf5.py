@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from geomcache.cache_schemas.errors import InputError, SourceDamaged
-from geomcache.pipeline.sources.libero_hdf5 import Config, Source, instruction_of
+from geomcache.pipeline.official_layout import instruction_of
+from geomcache.pipeline.sources.libero_hdf5 import Config, Source
 from tests.conftest import LENGTHS, SIDE, TASK, write_demo_file
 
 
@@ -79,6 +80,14 @@ def _edit(path: Path, change: str) -> None:
             obs["agentview_rgb"] = np.zeros((LENGTHS[1], 7, 7, 3), np.uint8)
         elif change == "actions":
             del file["data/demo_1/actions"]
+        elif change == "width":
+            del obs["ee_states"]
+            obs["ee_states"] = np.zeros((LENGTHS[1], 7))
+        elif change == "matrix":
+            obs["agentview_extrinsics"][4, 0, 0] = np.nan
+        elif change == "flat":
+            del file["data/demo_0/obs/agentview_rgb"]
+            file["data/demo_0/obs/agentview_rgb"] = np.zeros(5, np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +96,10 @@ def _edit(path: Path, change: str) -> None:
         ("camera", "eye_in_hand_rgb is missing"),
         ("short", "obs/ee_states has 3 steps but there are 12 actions"),
         ("nan", "actions hold NaN"),
-        ("size", "the first demonstration's is uint8 (28, 28, 3)"),
+        ("size", "obs/agentview_rgb is uint8 (7, 7, 3) a step, expected (28, 28, 3)"),
+        ("width", "obs/ee_states is float64 (7,) a step, expected (6,)"),
+        ("matrix", "obs/agentview_extrinsics hold NaN"),
+        ("flat", "expected (T, H, W, 3)"),
         ("actions", "/data/demo_1/actions is missing"),
     ],
 )
@@ -117,3 +129,12 @@ def test_an_empty_source_is_refused(tmp_path: Path, make: str) -> None:
     with pytest.raises(InputError) as caught:
         Source(Config(path=path))
     assert "geomcache demos" in str(caught.value)
+
+
+def test_the_files_short_camera_name_is_refused_and_other_groups_are_left_alone(tmp_path: Path) -> None:
+    path = write_demo_file(tmp_path / "task_demo.hdf5")
+    with pytest.raises(ValueError, match="say robot0_eye_in_hand"):
+        Config(path=path, cameras=("agentview", "eye_in_hand"))
+    with h5py.File(path, "a") as file:
+        file["data/mask"] = np.zeros(3)
+    assert Source(Config(path=path)).episode_count == len(LENGTHS)

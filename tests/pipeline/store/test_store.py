@@ -1,6 +1,8 @@
 """The cache on disk: other Zarr readers agree, damage is found, half-written is never complete."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from geomcache.cache_schemas.errors import (
     SchemaTooNew,
 )
 from geomcache.cache_schemas.layout import commit_path
+from geomcache.pipeline.files import temporary_name
 from geomcache.pipeline.store.reader import CachedTokens, open_manifest
 from geomcache.pipeline.store.shard_file import crc32c
 from geomcache.pipeline.store.verify import verify_cache
@@ -97,7 +100,7 @@ def test_damage_is_found_by_verify_and_by_reading_and_repaired_by_one_shard(cach
     assert not result.complete
     assert set(result.damaged) == ({1, 2} if place == "swapped" else {1})
     if place != "swapped":  # a swap needs the digests, which only verify compares
-        with pytest.raises((CacheDamaged, FileNotFoundError)):
+        with pytest.raises(CacheDamaged):
             CachedTokens(cache).tokens(range(8, 16))
     assert verify_cache(cache, repair=True, progress=nothing).repaired
     with pytest.raises(CacheIncomplete):
@@ -169,10 +172,51 @@ def test_writing_a_shard_twice_gives_the_same_bytes(cache: Path) -> None:
 
     before = (cache / "tokens/c/2/0/0/0").read_bytes()
     (cache / commit_path(2)).unlink()
-    (cache / "tokens/c/2/0/0/.0.host.1.x.partial").write_bytes(b"left by a killed writer")
+    _left_by_a_killed_writer(cache / "tokens/c/2/0/0/0").write_bytes(b"left by a killed writer")
     config = _config(cache)
     plan = make_plan(config)
     assert not list(cache.rglob("*.partial"))
     ShardWorker(config, plan.manifest, "cpu").run(2)
     assert (cache / "tokens/c/2/0/0/0").read_bytes() == before
     assert verify_cache(cache, repair=False, progress=nothing).complete
+
+
+def _left_by_a_killed_writer(path: Path) -> Path:
+    """A temporary name of this host and of a process that is gone."""
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True).stdout.strip()
+    return path.with_name(temporary_name(path).name.replace(f".{os.getpid()}.", f".{gone}."))
+
+
+def test_lost_zarr_metadata_is_found_and_written_again(cache: Path) -> None:
+    (cache / "tokens/zarr.json").write_text("{}")
+    (cache / "zarr.json").unlink()
+    found = verify_cache(cache, repair=True, progress=nothing)
+    assert found.metadata == ("zarr.json", "tokens/zarr.json")
+    assert not found.complete
+    assert verify_cache(cache, repair=False, progress=nothing).complete
+    assert zarr.open_group(str(cache), mode="r")["tokens"].shape[0] == 25
+
+
+def test_a_creation_that_was_stopped_goes_on(cache: Path) -> None:
+    """Only the manifest and a temporary file stand, as after a kill or a full disk."""
+    config = _config(cache).model_copy(update={"out": cache.parent / "stopped"})
+    (cache.parent / "stopped").mkdir()
+    (cache.parent / "stopped" / "manifest.json").write_bytes((cache / "manifest.json").read_bytes())
+    assert len(make_plan(config).remaining) == 4
+    assert (config.out / "tokens/zarr.json").exists()
+    only_temporary = config.model_copy(update={"out": cache.parent / "temporary"})
+    only_temporary.out.mkdir()
+    _left_by_a_killed_writer(only_temporary.out / "manifest.json").write_text("{")
+    assert len(make_plan(only_temporary).remaining) == 4
+
+
+def test_the_same_weights_in_another_folder_are_the_same_cache(
+    cache: Path, pack_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from geomcache.pipeline.encoders import depth_anything3
+
+    config = _config(cache)
+    monkeypatch.setattr(depth_anything3.Encoder, "weights_digest", lambda _: "the same")
+    stored = extract_without_ray(config.pack, "depth_anything3", tmp_path / "here", weights=None)
+    moved = config.model_copy(update={"out": stored, "encoder_config": {**config.encoder_config, "seed": 12}})
+    assert make_plan(moved).remaining == ()

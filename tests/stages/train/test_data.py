@@ -80,6 +80,9 @@ def test_a_cache_of_another_pack_a_missing_one_and_an_unfinished_one_are_named(
         TrainingData(_config((pack_path, unfinished)))
     with pytest.raises(CacheStale, match="hold different tokens"):
         TrainingData(_config((pack_path, caches["oracle_pointmap"]), (pack_path, caches["depth_anything3"])))
+    other_seed = extract_without_ray(pack_path, "depth_anything3", tmp_path / "seed", seed=9)
+    with pytest.raises(CacheStale, match="weights"):
+        TrainingData(_config((pack_path, caches["depth_anything3"]), (pack_path, other_seed)))
     flat = build_pack_at(write_demo_file(tmp_path / "flat_demo.hdf5", depth=False), tmp_path / "flat")
     with pytest.raises(ContractMismatch, match="has_depth"):
         TrainingData(_config((pack_path, None), (flat, None), compressor="none"))
