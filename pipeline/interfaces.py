@@ -120,5 +120,5 @@ class Policy(Protocol):
     """What evaluation needs of a policy."""
 
     def act(
-        self, observations: Sequence[Observation], generator: torch.Generator
+        self, observations: Sequence[Observation], noise_seeds: Sequence[int]
     ) -> NDArray[np.float32]: ...  # [B, T, A] in environment units

@@ -43,7 +43,6 @@ def quickstart(
     from geomcache.pipeline.files import write_config
 
     settings = load_config(QuickstartConfig, config, sets or [], {"out": out})
-    write_config(settings.out, settings)
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     for name, stage in (
@@ -56,6 +55,7 @@ def quickstart(
         began = time.perf_counter()
         stage(settings)
         seconds[name] = round(time.perf_counter() - began, 1)
+    write_config(settings.out, settings)
     failed = _report(settings, as_json, seconds, time.perf_counter() - started)
     if failed:
         say(

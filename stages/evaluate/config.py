@@ -1,6 +1,7 @@
 """The configuration of closed-loop evaluation."""
 
 from pathlib import Path
+from typing import Self
 
 from pydantic import Field, field_validator
 
@@ -36,6 +37,10 @@ class EvalConfig(Schema):
         if tasks is not None and len(set(tasks)) != len(tasks):
             raise ValueError(f"a task is named twice in {list(tasks)}")
         return tasks
+
+    def identity(self) -> Self:
+        """Without where things lie; the checkpoint's weights and the encoder's are compared by digest."""
+        return self.model_copy(update={"out": Path(), "run": Path(), "encoder_config": {}})
 
     encoder: str | None = None
     cameras: tuple[str, ...] | None = None

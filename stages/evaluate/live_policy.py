@@ -100,7 +100,8 @@ class LivePolicy:
             tokens_BVGD=self._live.tokens(frames) if self._live else None,
         ).to(self._device)
         noise = torch.stack([self._net.draw_noise(seed) for seed in noise_seeds])
-        normalised = self._net.sample(batch, noise_BTA=noise).cpu().numpy()
+        with self._net.autocast(self.card.mixed_precision):
+            normalised = self._net.sample(batch, noise_BTA=noise).cpu().numpy()
         actions = self.card.normaliser.action.denormalise(normalised)
         actions[..., -1] = np.where(actions[..., -1] > 0, 1.0, -1.0)  # the gripper opens or closes, nothing between
         return np.clip(actions, -1.0, 1.0)

@@ -101,15 +101,17 @@ def _results_of(folder: Path, run: Path) -> EvalResults | None:
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
     found = []
-    for path in sorted((folder / "eval").glob(f"*/{RESULTS_NAME}")):
-        results = read_results(path.parent)
+    for run in sorted(path.parent for path in (folder / "train").glob(f"*/{RESULT_NAME}")):
+        path, results = folder / "eval" / run.name, _results_of(folder, run)
+        if results is None:
+            continue
         tasks = []
         for task in results.tasks:
             first = next(episode for episode in results.episodes if episode.task == task.task)
-            picture = path.parent / task.filmstrip
+            picture = path / task.filmstrip
             if picture.exists():
                 tasks.append({**task.model_dump(), "first": first, "picture": _base64(picture.read_bytes())})
-        found.append({"name": path.parent.name, "tasks": tasks})
+        found.append({"name": run.name, "tasks": tasks})
     return found
 
 
@@ -125,6 +127,8 @@ def _caches(folder: Path) -> list[dict[str, str]]:
                 cache = CachedTokens(path.parent)
             except GeomcacheError:
                 continue  # an unfinished cache has no place in a report
+            if cache.recipe.fingerprint.pack != pack.info.digest:
+                continue  # made from another pack than the one that lies here
             spec = cache.spec
             picture = tokens_picture(
                 pack.images([row])[0],

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.pipeline.interfaces import SimEnv
-from geomcache.stages.evaluate.live_policy import LivePolicy, noise_seed
+from geomcache.pipeline.interfaces import Policy, SimEnv
+from geomcache.stages.evaluate.live_policy import noise_seed
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Rollout:
 
 def roll_out(
     env: SimEnv,
-    policy: LivePolicy,
+    policy: Policy,
     *,
     seed: int,
     init_state: int,

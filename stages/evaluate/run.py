@@ -185,7 +185,7 @@ def _finished_episodes(config: EvalConfig, weights: str) -> dict[tuple[int, int]
     if not path.exists():
         return {}
     standing = EvalResults.read(path, InputError)
-    differences = standing.config.describe_difference(config)
+    differences = standing.config.identity().describe_difference(config.identity())
     differences += [] if standing.checkpoint_weights == weights else ["the checkpoint's weights"]
     if differences:
         raise InputError(

@@ -3,9 +3,11 @@
 import os
 import time
 
+from geomcache.cache_schemas.errors import CacheStale
 from geomcache.cache_schemas.layout import shard_rows
 from geomcache.cache_schemas.manifest import Manifest, ShardCommit
 from geomcache.pipeline.encoding import encode_padded
+from geomcache.pipeline.interfaces import GeometryEncoder, TokenCodec
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.writer import commit_shard, token_statistics
 from geomcache.pipeline.tokens import build_codec, build_encoder
@@ -13,26 +15,35 @@ from geomcache.stages.extract.plan import ExtractConfig
 
 
 class ShardWorker:
-    """Reads a shard's frames, encodes them, commits the shard. Ray runs it as an actor; tests call it directly."""
+    """Reads a shard's frames, encodes them, commits the shard. Ray runs it as an actor; tests call it directly.
+
+    Everything heavy happens in ``start`` and not in the constructor, so that Ray hands out its errors as they are.
+    """
 
     def __init__(self, config: ExtractConfig, manifest: Manifest, device: str) -> None:
-        self._manifest = manifest
-        self._out = config.out
-        self._pack = PackReader(config.pack)
-        recipe = manifest.recipe
-        self._codec = build_codec(recipe.spec.codec)
-        self._encoder = build_encoder(recipe.encoder.name, recipe.encoder.config, recipe.contract, device)
+        self._config, self._manifest, self._device = config, manifest, device
+        self._parts: tuple[PackReader, GeometryEncoder, TokenCodec] | None = None
+
+    def start(self) -> int:
+        """Open the pack and load the encoder, and prove that they are the manifest's; returns the process id.
+
+        Raises:
+            CacheStale: this machine's pack or weights are not those of the manifest.
+        """
+        self._ready()
+        return os.getpid()
 
     def run(self, shard: int) -> ShardCommit:
         """Make and commit one shard; doing it twice gives the same bytes."""
+        pack, encoder, codec = self._ready()
         started = time.perf_counter()
-        frames = self._pack.frames(shard_rows(shard, self._manifest.rows, self._manifest.rows_per_shard))
+        frames = pack.frames(shard_rows(shard, self._manifest.rows, self._manifest.rows_per_shard))
         read = time.perf_counter()
-        encoded = self._codec.encode(encode_padded(self._encoder, frames))
-        statistics = token_statistics(self._codec.decode(encoded))
+        encoded = codec.encode(encode_padded(encoder, frames))
+        statistics = token_statistics(codec.decode(encoded))
         finished = time.perf_counter()
         return commit_shard(
-            self._out,
+            self._config.out,
             self._manifest,
             shard,
             encoded,
@@ -40,6 +51,19 @@ class ShardWorker:
             seconds={"read": read - started, "encode": finished - read},
         )
 
-    def process_id(self) -> int:
-        """For tests that kill a worker."""
-        return os.getpid()
+    def _ready(self) -> tuple[PackReader, GeometryEncoder, TokenCodec]:
+        if self._parts is None:
+            recipe, pack = self._manifest.recipe, PackReader(self._config.pack)
+            encoder = build_encoder(recipe.encoder.name, recipe.encoder.config, recipe.contract, self._device)
+            found = recipe.fingerprint.model_copy(
+                update={"pack": pack.info.digest, "weights": encoder.weights_digest()}
+            )
+            if differences := recipe.fingerprint.describe_difference(found):
+                raise CacheStale(
+                    "a worker sees another pack or other weights than the run was planned with",
+                    expected="the same files at the same paths on every machine",
+                    found="; ".join(differences),
+                    fix="put the pack and the weights on a file system that all machines share",
+                )
+            self._parts = pack, encoder, build_codec(recipe.spec.codec)
+        return self._parts

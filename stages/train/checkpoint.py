@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,7 +17,8 @@ from geomcache.cache_schemas.base import VersionedSchema
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.manifest import TokenRecipe
-from geomcache.pipeline.files import sync_folder, temporary_name, write_atomic
+from geomcache.pipeline.files import sync_file, sync_folder, temporary_name, write_atomic
+from geomcache.stages.train.config import MixedPrecision
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.policy import PolicyConfig, PolicyNet
 
@@ -32,6 +34,7 @@ class CheckpointCard(VersionedSchema):
     recipe: TokenRecipe | None  # how its geometry tokens were made; None without geometry
     normaliser: Normaliser
     packs: tuple[str, ...]  # digests of the packs it was trained on
+    mixed_precision: MixedPrecision = "no"  # autocast of the VLM, in training and when it acts
     geomcache_version: str
 
 
@@ -74,8 +77,18 @@ def save_checkpoint(
     try:
         temporary.mkdir()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
-        save_file(state, temporary / _WEIGHTS)
-        torch.save(optimizer.state_dict(), temporary / _OPTIMIZER)
+        try:
+            save_file(state, temporary / _WEIGHTS)
+            torch.save(optimizer.state_dict(), temporary / _OPTIMIZER)
+        except (SafetensorError, RuntimeError) as problem:  # both libraries hide the system's error
+            raise InputError(
+                f"the checkpoint {final} could not be written",
+                expected="room on the disk",
+                found=str(problem).splitlines()[0],
+                fix="make room, then run the same command again; it continues from the last checkpoint",
+            ) from problem
+        for name in (_WEIGHTS, _OPTIMIZER):
+            sync_file(temporary / name)
         policy.save_backbone(temporary / _BACKBONE)
         write_atomic(temporary / _CARD, card.model_dump_json(indent=2))
         if final.exists():

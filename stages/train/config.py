@@ -1,13 +1,15 @@
 """The configuration of stage two."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.stages.train.normalise import NormalisationMode
 from geomcache.stages.train.policy import PolicyConfig
+
+MixedPrecision = Literal["no", "bf16"]
 
 
 class DataPair(Schema):
@@ -41,7 +43,7 @@ class TrainConfig(Schema):
     weight_decay: float = 1e-8
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: MixedPrecision = "no"  # bf16: autocast over float32 weights; the DiT stays float32
     processes: int = Field(default=1, ge=1)  # ranks that must be running; checked against what was launched
     data_workers: int = Field(default=0, ge=0)  # processes that decode images
     save_every: int = Field(default=1000, ge=1)  # optimiser steps between checkpoints
@@ -49,3 +51,10 @@ class TrainConfig(Schema):
     log_every: int = Field(default=10, ge=1)
     open_loop_rows: int = Field(default=128, ge=1)  # training rows on which the finished policy is measured
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def identity(self) -> Self:
+        """Without what changes no number: where things lie (their digests are compared), workers, logging."""
+        free = ("out", "data", "data_workers", "save_every", "keep_last", "log_every")
+        fields = type(self).model_fields
+        same = {name: Path() if name == "out" else () if name == "data" else fields[name].default for name in free}
+        return self.model_copy(update=same)

@@ -73,7 +73,7 @@ def fit(
     optimizer = make_optimizer(policy, config)
     start = _resume(config, policy, optimizer)
     if start >= config.steps:
-        return policy
+        return policy.to(accelerator.device)
     model, optimizer = accelerator.prepare(policy, optimizer)
     parts = config.gradient_accumulation_steps
     loader: DataLoader[PolicyBatch] = DataLoader(
@@ -105,12 +105,12 @@ def fit(
                 loss = loss + output.loss.detach() / parts
                 per_dim = per_dim + output.per_dim_A / parts
             value = float(loss)
-            if not math.isfinite(value):
+            if not math.isfinite(value) or not math.isfinite(float(norm)):
                 raise TrainingFailed(
-                    f"the loss is {value} at step {step}",
-                    expected="a finite loss",
+                    f"the loss is {value} and the gradient norm {float(norm)} at step {step}",
+                    expected="finite numbers",
                     found=f"rows {maker.rows(step).tolist()[:32]}",
-                    fix="lower learning_rate, or look at these rows with geomcache pack show",
+                    fix="lower learning_rate, or look at the demonstrations of these rows",
                 )
             metrics.add(step, value, per_dim, float(norm), waited, optimizer)
             progress(step + 1, config.steps, f"loss {value:.4f}")

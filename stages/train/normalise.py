@@ -73,7 +73,7 @@ def _fit(values: NDArray[Any], mode: NormalisationMode, what: str) -> AffineStat
             f"normalisation statistics cannot be made from these {what}",
             expected="finite values of shape [rows, dimensions], at least one row",
             found=f"shape {rows.shape}, {int(np.size(rows) - np.isfinite(rows).sum())} values not finite",
-            fix="check the data with `geomcache pack check`",
+            fix="build the pack again from whole files",
         )
     if mode == "mean_std":
         offset, scale = rows.mean(axis=0), rows.std(axis=0)

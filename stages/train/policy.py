@@ -145,6 +145,11 @@ class PolicyNet(nn.Module):
         # a constant channel is only shifted
         self.register_buffer("token_std_D", torch.where(std_D > 0, std_D, 1.0))
 
+    def autocast(self, mixed_precision: str) -> torch.autocast:
+        """The VLM's precision, the same in training and when the policy acts; the head switches it off for itself."""
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=mixed_precision == "bf16")
+
     @property
     def chunk_shape(self) -> tuple[int, int]:
         """(T, A)."""

@@ -3,6 +3,7 @@
 Also the entry point of a distributed launch: ``torchrun --nproc_per_node N -m geomcache.stages.train.run CONFIG.yaml``.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import yaml
 
 import geomcache
 from geomcache.cache_schemas.base import Schema
-from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.errors import ConfigError, GeomcacheError, InputError
 from geomcache.pipeline.config_errors import parse_config
-from geomcache.pipeline.files import CONFIG_NAME, require_own_folder, write_atomic, write_config
+from geomcache.pipeline.files import CONFIG_NAME, remove_leftovers, require_own_folder, write_atomic, write_config
 from geomcache.stages.train.checkpoint import CheckpointCard, checkpoints_of, latest_checkpoint, read_card
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.data import BatchMaker, TrainingData
@@ -49,15 +50,18 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     Raises:
         GeomcacheError: bad data, a changed config on resume, a non-finite loss; by name, data errors before step 1.
     """
-    require_own_folder(config.out, lambda folder: (folder / CONFIG_NAME).exists(), "a training run")
-    _require_same_config(config)
-    data = TrainingData(config)
-    result_path = config.out / RESULT_NAME
-    if result_path.exists():
-        _require_same_data(config, data)
-        return TrainResult.parse(result_path.read_bytes(), str(result_path), InputError), True
-    write_config(config.out, config)
     accelerator = make_accelerator(config)
+    data = TrainingData(config)
+    with accelerator.main_process_first():  # the others find the folder as the first left it
+        require_own_folder(config.out, lambda folder: (folder / CONFIG_NAME).exists(), "a training run")
+        _require_same_config(config)
+        _require_same_data(config, data)
+        result_path = config.out / RESULT_NAME
+        if result_path.exists():
+            return TrainResult.parse(result_path.read_bytes(), str(result_path), InputError), True
+        if accelerator.is_main_process:
+            write_config(config.out, config)
+            remove_leftovers(config.out)
     normaliser = Normaliser.fit(data.states(), data.actions(), config.normalisation)
     statistics = data.token_statistics()
     policy = PolicyNet(
@@ -72,9 +76,10 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
         recipe=data.recipe,
         normaliser=normaliser,
         packs=tuple(pack.info.digest for pack in data.packs),
+        mixed_precision=config.mixed_precision,
         geomcache_version=geomcache.__version__,
     )
-    _require_same_data(config, data)
+    _require_float32(policy)
     maker = BatchMaker(data, policy.backbone.packer, normaliser, config, rank=accelerator.process_index)
     policy = fit(config, policy, maker, card, accelerator, progress)
     error, baseline, rows = open_loop_error(policy, maker, data, config, accelerator.device)
@@ -113,7 +118,8 @@ def open_loop_error(
         assert batch.actions_BTA is not None
         assert batch.action_mask_BT is not None
         noise = torch.stack([policy.draw_noise(int(row)) for row in part])
-        predicted = policy.sample(batch, noise_BTA=noise)
+        with policy.autocast(config.mixed_precision):
+            predicted = policy.sample(batch, noise_BTA=noise)
         mask = batch.action_mask_BT
         error += float((predicted - batch.actions_BTA).abs()[mask].sum())
         baseline += float((torch.from_numpy(mean_A).to(device) - batch.actions_BTA).abs()[mask].sum())
@@ -126,12 +132,24 @@ def _require_same_config(config: TrainConfig) -> None:
     if not path.exists():
         return
     standing = parse_config(TrainConfig, yaml.safe_load(path.read_text()), str(path))
-    if differences := standing.describe_difference(config):
+    if differences := standing.identity().describe_difference(config.identity()):
         raise InputError(
             f"{config.out} is a run with another configuration",
             expected="the same configuration, to continue it",
             found="; ".join(differences),
             fix="choose another --out, or give back the changed keys",
+        )
+
+
+def _require_float32(policy: PolicyNet) -> None:
+    """AdamW's small steps vanish in bfloat16's 8 bits: most weights would never move."""
+    wrong = [name for name, p in policy.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if wrong:
+        raise ConfigError(
+            "weights in bfloat16 cannot be trained",
+            expected="trainable weights in float32",
+            found=f"{len(wrong)} tensors such as {wrong[0]}",
+            fix="--set mixed_precision=bf16 and leave the backbone's dtype float32, or freeze the VLM (freeze: all)",
         )
 
 
@@ -156,11 +174,13 @@ def _require_same_data(config: TrainConfig, data: TrainingData) -> None:
 def main(arguments: list[str]) -> None:
     """Entry point of torchrun and accelerate launch: one resolved YAML."""
     (file,) = arguments
-    config = parse_config(TrainConfig, yaml.safe_load(Path(file).read_text()), file)
-    run(config, lambda _done, _total, _text: None)
+    try:
+        config = parse_config(TrainConfig, yaml.safe_load(Path(file).read_text()), file)
+        run(config, lambda _done, _total, _text: None)
+    except GeomcacheError as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    import sys
-
     main(sys.argv[1:])

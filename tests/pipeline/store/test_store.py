@@ -211,7 +211,7 @@ def test_a_creation_that_was_stopped_goes_on(cache: Path) -> None:
 
 
 def test_the_same_weights_in_another_folder_are_the_same_cache(
-    cache: Path, pack_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from geomcache.pipeline.encoders import depth_anything3
 

@@ -1,5 +1,6 @@
 """Stage one: parity of cached and live tokens, resume, a killed worker, other weights refused."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from geomcache.stages.evaluate.live_policy import build_live_tokens
 from geomcache.stages.extract.plan import ExtractConfig, make_plan
 from geomcache.stages.extract.run import run
 from geomcache.stages.extract.worker import ShardWorker
-from tests.conftest import ENCODERS
+from tests.conftest import ENCODERS, build_pack_at, nothing, write_demo_file
 
 
 def _config(pack: Path, out: Path, encoder: str = "depth_anything3") -> ExtractConfig:
@@ -84,10 +85,12 @@ def test_ray_workers_resume_and_survive_a_kill_with_the_same_bytes(
     plan = make_plan(config)
     ShardWorker(config, plan.manifest, "cpu").run(2)
     victims: list[int] = []
+    started = time.time()
 
     def kill_a_worker_once(*_: int) -> None:
-        for process in psutil.process_iter(["cmdline"]):
-            if not victims and "ray::ShardWorker" in " ".join(process.info["cmdline"] or []):
+        for process in psutil.process_iter(["cmdline", "create_time"]):
+            ours = process.info["create_time"] >= started - 1
+            if ours and not victims and "ray::ShardWorker" in " ".join(process.info["cmdline"] or []):
                 victims.append(process.pid)
                 process.kill()
 
@@ -100,3 +103,17 @@ def test_ray_workers_resume_and_survive_a_kill_with_the_same_bytes(
         assert (config.out / name).read_bytes() == (undisturbed / name).read_bytes()
     with CachedTokens(config.out) as cache:
         assert cache.recipe == CachedTokens(undisturbed).recipe
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_worker_meets_reaches_the_user_by_name(pack_path: Path, tmp_path: Path) -> None:
+    """Another pack at the worker's path, and a cluster that is not there."""
+    config = _config(pack_path, tmp_path / "cache")
+    plan = make_plan(config)
+    other = build_pack_at(write_demo_file(tmp_path / "other_demo.hdf5", seed=3), tmp_path / "other")
+    worker = ShardWorker(config.model_copy(update={"pack": other}), plan.manifest, "cpu")
+    with pytest.raises(CacheStale, match="pack: "):
+        worker.start()
+    with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:9"):
+        run(config.model_copy(update={"ray_address": "127.0.0.1:9"}), nothing)

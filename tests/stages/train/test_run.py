@@ -2,25 +2,36 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from geomcache.cache_schemas.errors import InputError, SchemaTooNew, TrainingFailed
+from geomcache.cache_schemas.errors import ConfigError, InputError, SchemaTooNew, TrainingFailed
 from geomcache.stages.train import loop
 from geomcache.stages.train.checkpoint import checkpoints_of, latest_checkpoint, load_policy, read_card
 from geomcache.stages.train.config import DataPair, LearningRates, TrainConfig
-from geomcache.stages.train.data import BatchMaker
+from geomcache.stages.train.data import BatchMaker, TrainingData
 from geomcache.stages.train.optim import learning_rate
 from geomcache.stages.train.policy import PolicyConfig
 from geomcache.stages.train.run import run
 from tests.conftest import nothing
 
 STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    """accelerate keeps one precision for the life of a process; each test is like a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -69,12 +80,22 @@ def _outcome(run_folder: Path) -> tuple[bytes, bytes, list[tuple[int, float, flo
     )
 
 
-@pytest.mark.parametrize(("stop", "workers"), [(3, 0), (4, 0), (5, 2)])
+@pytest.mark.parametrize(
+    ("stop", "workers", "changes"),
+    [
+        (3, 0, {}),
+        (4, 0, {}),
+        (5, 2, {}),
+        (3, 0, {"gradient_accumulation_steps": 2}),
+        (3, 0, {"mixed_precision": "bf16"}),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(
-    config: TrainConfig, tmp_path: Path, stop: int, workers: int
+    config: TrainConfig, tmp_path: Path, stop: int, workers: int, changes: dict[str, Any]
 ) -> None:
     """Stopped between checkpoints and at one; weights, optimiser and the log are equal. Also for loader processes."""
+    config = config.model_copy(update=changes)
     run(config, nothing)
     other = config.model_copy(update={"out": tmp_path / "other", "data_workers": workers})
     with pytest.raises(Stopped):
@@ -96,6 +117,42 @@ def test_a_finished_run_is_recognised_and_a_changed_one_refused(config: TrainCon
         run(changed, nothing)
     assert "seed: 0 != 4" in str(caught.value)
     assert "batch_size: 4 != 8" in str(caught.value)
+
+
+def test_what_changes_no_number_may_change_between_stop_and_resume(config: TrainConfig) -> None:
+    with pytest.raises(Stopped):
+        run(config, _stop_at(3))
+    moved = config.out.rename(config.out.with_name("moved"))
+    again = config.model_copy(update={"out": moved, "data_workers": 0, "log_every": 3, "keep_last": 1, "save_every": 3})
+    assert run(again, nothing)[0].steps == STEPS
+
+
+def test_bfloat16_weights_are_not_trained(config: TrainConfig) -> None:
+    policy = config.policy.model_dump()
+    policy["backbone"]["config"]["dtype"] = "bfloat16"
+    changed = config.model_copy(update={"policy": PolicyConfig.model_validate(policy)})
+    with pytest.raises(ConfigError, match="mixed_precision=bf16"):
+        run(changed, nothing)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_the_two_halves_of_each_batch(config: TrainConfig, tmp_path: Path) -> None:
+    """Launched by torchrun over gloo; each step sees the rows that one process with twice the batch sees."""
+    two = config.model_copy(update={"out": tmp_path / "two", "processes": 2, "batch_size": 2, "steps": 2})
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two.model_dump(mode="json")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
+    command += ["-m", "geomcache.stages.train.run", str(tmp_path / "two.yaml")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((two.out / "result.json").read_text())["steps"] == 2
+    data = TrainingData(two)
+    policy = load_policy(latest_checkpoint(two.out), read_card(latest_checkpoint(two.out)))
+    normaliser = read_card(latest_checkpoint(two.out)).normaliser
+    halves = [BatchMaker(data, policy.backbone.packer, normaliser, two, rank=rank)[1].actions_BTA for rank in (0, 1)]
+    one = config.model_copy(update={"batch_size": 4, "steps": 2})
+    whole = BatchMaker(data, policy.backbone.packer, normaliser, one)[1].actions_BTA
+    assert torch.equal(torch.cat(halves), whole)  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_rebuilds_the_policy_without_the_config_or_the_data(config: TrainConfig) -> None:
@@ -141,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
         return batch
 
     monkeypatch.setattr(BatchMaker, "batch", poisoned)
-    with pytest.raises(TrainingFailed, match=r"the loss is nan at step 0[\s\S]*rows \["):
+    with pytest.raises(TrainingFailed, match=r"the loss is nan[\s\S]*rows \["):
         run(config, nothing)
 
 
