@@ -45,7 +45,7 @@ def read_yaml(file: str) -> dict[str, Any]:
     """A YAML mapping from a path or a preset's name."""
     path = Path(file)
     if path.is_file():
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     else:
         preset = resources.files("geomcache.configs").joinpath(f"{file.removesuffix('.yaml')}.yaml")
         if not preset.is_file():

@@ -53,6 +53,26 @@ def write_config(folder: Path, config: Schema) -> None:
     write_atomic(folder / CONFIG_NAME, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
+def holds_config_of(folder: Path, cls: type[Schema]) -> bool:
+    """Whether ``folder/config.yaml`` is of the command whose settings are ``cls``."""
+    try:
+        values = yaml.safe_load((folder / CONFIG_NAME).read_bytes())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(values, dict) and bool(values) and set(values) <= set(cls.model_fields)
+
+
+def require_config_slot(folder: Path, cls: type[Schema]) -> None:
+    """Refuse a folder whose config.yaml belongs to another command; ``InputError``."""
+    if (folder / CONFIG_NAME).exists() and not holds_config_of(folder, cls):
+        raise InputError(
+            f"{folder} holds the results of another command",
+            expected="a folder of its own for every command's results",
+            found=f"another command's {CONFIG_NAME}",
+            fix="choose another --out",
+        )
+
+
 def allow_many_open_files() -> None:
     """Raise this process's soft limit of open files to the hard one: readers keep shard files open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

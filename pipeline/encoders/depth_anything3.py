@@ -17,10 +17,10 @@ are not needed for features. Non-obvious:
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import nn
 
 from geomcache.cache_schemas.base import Schema
@@ -94,7 +94,7 @@ class Config(Schema):
     """Settings of Depth-Anything-3."""
 
     model: Literal["tiny", "da3-small", "da3-base", "da3-large-1.1", "da3-giant-1.1"] = "tiny"
-    # A folder as DepthAnything3.save_pretrained writes it, or a hub id; None: random weights from `seed`.
+    # A folder as DepthAnything3.save_pretrained writes it, or a hub id; "random": from `seed`; None: "random" for tiny.
     weights: str | None = Field(None, json_schema_extra=NOT_IN_FINGERPRINT)
     seed: int = Field(0, ge=0, json_schema_extra=NOT_IN_FINGERPRINT)
     # H, W the model sees. 256-pixel frames: 224 or 252; the package's own 504 only invents pixels.
@@ -103,6 +103,20 @@ class Config(Schema):
     tap: Tap = "features.global"
     batch_size: int = Field(4, ge=1)  # time steps per forward pass
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
+
+    @model_validator(mode="after")
+    def _random_only_on_request(self) -> Self:
+        if self.model != "tiny" and self.weights is None:
+            raise ValueError(
+                f"model {self.model} needs weights: a folder, a hub id such as depth-anything/{self.model.upper()}, "
+                "or weights=random for features that mean nothing"
+            )
+        return self
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights come from the seed."""
+        return self.weights in (None, "random")
 
 
 class Encoder:
@@ -137,7 +151,7 @@ class Encoder:
     @property
     def license(self) -> str:
         """Of the weights."""
-        if self.config.weights is None:
+        if self.config.is_random:
             return f"none (random weights, seed {self.config.seed})"
         return self._size.license
 
@@ -145,7 +159,8 @@ class Encoder:
     def description(self) -> str:
         """One line for tables; random weights are called that."""
         weights = f"RANDOM weights (seed {self.config.seed})"
-        return f"Depth-Anything-3 {self.config.model}, {self.config.weights or weights}, {self.license}"
+        origin = weights if self.config.is_random else self.config.weights
+        return f"Depth-Anything-3 {self.config.model}, {origin}, {self.license}"
 
     def weights_digest(self) -> str:
         """Digest of the backbone's named tensors; read on the CPU if they are not loaded yet."""
@@ -189,7 +204,7 @@ class Encoder:
     def _weights(self) -> nn.Module:
         """The backbone on the CPU, filled from the checkpoint or from the seed."""
         backbone = build_backbone(self.config.model, self.config.seed)
-        if self.config.weights is not None:
+        if self.config.weights is not None and not self.config.is_random:
             folder = checkpoint_folder(self.config.weights)
             require_model_name(folder, self._size.model_name)
             load_strictly(backbone, folder / WEIGHTS_FILE, _PREFIX, self._size.other_parts)

@@ -3,7 +3,7 @@
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from PIL import Image
 
 from geomcache.cache_schemas.errors import InputError, PackDamaged
 from geomcache.cache_schemas.fingerprint import digest_file
-from geomcache.cache_schemas.layout import shard_of
+from geomcache.cache_schemas.layout import shard_count, shard_of
 from geomcache.cache_schemas.pack_info import EPISODES_NAME, PACK_NAME, ROWS_NAME, PackInfo
 from geomcache.pipeline.files import allow_many_open_files
 from geomcache.pipeline.frames import FrameBatch
-from geomcache.pipeline.pack.format import shard_name
+from geomcache.pipeline.pack.format import row_schema, shard_name
 
 _OPEN_SHARDS = 64
 
@@ -57,12 +57,18 @@ class PackReader:
                 fix=f"geomcache pack build SOURCE --out {path}",
             )
         self.info = PackInfo.read(card, PackDamaged)
+        if {file.name for file in self.info.index} != {ROWS_NAME, EPISODES_NAME}:
+            raise _damaged(card, f"index files {ROWS_NAME} and {EPISODES_NAME}", str(self.info.index))
         for file in (*self.info.shards, *self.info.index):
             found = (path / file.name).stat().st_size if (path / file.name).exists() else -1
             if found != file.bytes:
                 raise _damaged(path / file.name, f"{file.bytes} bytes", "no file" if found < 0 else f"{found} bytes")
+        for file in self.info.index:  # small beside the shards, and everything is joined by it
+            if digest_file(path / file.name) != file.sha256:
+                raise _damaged(path / file.name, "the bytes that were packed", "other bytes")
         self._rows = _open_table(path / ROWS_NAME)
         self.episodes = [EpisodeRecord(**line) for line in _open_table(path / EPISODES_NAME).to_pylist()]
+        self._require_consistent()
         self.states_NS = self._column("state")  # [N, 8] float32
         self.actions_NA = self._column("action")  # [N, 7] float32
         self.episode_of_row = self._column("episode")  # [N] int32
@@ -81,6 +87,29 @@ class PackReader:
             width = column.type.list_size
             return np.asarray(column.values.to_numpy(zero_copy_only=True)).reshape(-1, width)
         return np.asarray(column.to_numpy(zero_copy_only=True))
+
+    def _require_consistent(self) -> None:
+        """pack.json against the index it names."""
+        info = self.info
+        claimed = (info.rows, info.episodes, len(info.shards), sum(episode.rows for episode in self.episodes))
+        found = (
+            len(self._rows),
+            len(self.episodes),
+            shard_count(len(self._rows), info.request.rows_per_shard),
+            len(self._rows),
+        )
+        if claimed != found or self._rows.schema != row_schema(info.contract):
+            raise _damaged(
+                self.path / PACK_NAME,
+                f"{found[0]} rows, {found[1]} episodes and {found[2]} shards, as the index holds, and its columns",
+                f"{claimed[0]} rows, {claimed[1]} episodes, {claimed[2]} shards",
+            )
+
+    def verify_shard(self, shard: int) -> None:
+        """Raise ``PackDamaged`` unless the shard's bytes are those that were packed."""
+        file = self.info.shards[shard]
+        if digest_file(self.path / file.name) != file.sha256:
+            raise _damaged(self.path / file.name, "the bytes that were packed", "other bytes")
 
     def frames(self, rows: Sequence[int]) -> FrameBatch:
         """Decode the frames of ``rows``, in the order asked for; any order, repeats allowed."""
@@ -107,13 +136,16 @@ class PackReader:
         """The instruction of the row's episode."""
         return self.episodes[int(self.episode_of_row[row])].instruction
 
-    def verify(self) -> list[str]:
-        """Digest every file; returns one line per damaged file."""
-        return [
-            f"{file.name}: digest differs from pack.json"
-            for file in (*self.info.shards, *self.info.index)
-            if digest_file(self.path / file.name) != file.sha256
-        ]
+    def verify(self, progress: Callable[[int, int], None]) -> list[str]:
+        """Digest every shard (the index is checked whenever a pack is opened); returns one line per damaged file."""
+        problems = []
+        for shard in range(len(self.info.shards)):
+            try:
+                self.verify_shard(shard)
+            except PackDamaged as problem:
+                problems.append(problem.what)
+            progress(shard + 1, len(self.info.shards))
+        return problems
 
     def _member(self, row: int, member: int) -> bytes:
         if not 0 <= row < len(self):

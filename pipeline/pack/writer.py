@@ -99,7 +99,7 @@ def _common_contract(sources: list[tuple[str, FrameSource, str]]) -> Contract:
 
 def _require_same_request(out: Path, request: PackRequest) -> None:
     path = out / _REQUEST_NAME
-    if path.exists():
+    if path.exists() and (out / PACK_NAME).exists():  # an unfinished pack may be started anew
         standing = PackRequest.parse(path.read_bytes(), str(path), InputError)
         if differences := standing.describe_difference(request):
             raise InputError(

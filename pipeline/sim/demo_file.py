@@ -45,7 +45,7 @@ class Config(Schema):
     tasks: tuple[int, ...] = ()  # task indices; empty = every task of the suite
     episodes: int = Field(default=50, ge=1)  # demonstrations per task
     first_init_state: int = Field(default=0, ge=0)  # attempt k starts from shipped state first + k, modulo their number
-    seed: int = Field(default=0, ge=0)  # attempt k of a task is seeded with seed + k
+    seed: int = Field(default=0, ge=0, lt=2**31)  # attempt k of a task is seeded with seed + k
     noise: float = Field(default=0.0, ge=0.0, le=1.0)  # std added to executed xyz actions; labels stay clean
     height: int = Field(default=128, ge=16)  # pixels
     width: int = Field(default=128, ge=16)  # pixels

@@ -270,8 +270,10 @@ class LiberoEnv:
         if self._moment is not None:
             self._moment.forget()
             self._moment = None
-        env.sim._render_context_offscreen.gl_ctx.make_current()
-        env.close()
+        context = getattr(env.sim, "_render_context_offscreen", None)  # none when Ctrl-C came while it was being made
+        if context is not None:
+            context.gl_ctx.make_current()
+            env.close()
 
     def __enter__(self) -> Self:
         return self

@@ -214,7 +214,7 @@ def _member(group: h5py.Group, key: str, path: Path, *, camera: str | None = Non
     there = ", ".join(list(group)[:12]) or "nothing"
     fix = f"name the cameras that the file has, e.g. --set source.cameras='[agentview]' ({camera} is missing)"
     raise SourceDamaged(
-        f"{path}: {group.name}/{key} is missing",
+        f"{path}: {group.name.rstrip('/')}/{key} is missing",
         expected=f"the field {key!r} of the official LIBERO layout",
         found=there,
         fix=fix if camera else _RE_DOWNLOAD,

@@ -36,7 +36,16 @@ def open_manifest(path: Path) -> Manifest:
             found="no such folder" if not path.exists() else "a folder without it",
             fix=f"geomcache extract --pack PACK --encoder NAME --out {path}",
         )
-    return Manifest.read(manifest, CacheDamaged)
+    found = Manifest.read(manifest, CacheDamaged)
+    expected = build_codec(found.recipe.spec.codec).arrays(found.recipe.spec)
+    if found.arrays != expected:
+        raise CacheDamaged(
+            f"{manifest} contradicts itself",
+            expected=f"the arrays of codec {found.recipe.spec.codec}: {expected}",
+            found=str(found.arrays),
+            fix="restore the file, or extract into a new folder",
+        )
+    return found
 
 
 class CachedTokens:

@@ -14,7 +14,7 @@ from geomcache.cache_schemas.manifest import Manifest, ShardCommit
 from geomcache.pipeline.files import write_atomic
 from geomcache.pipeline.store.reader import open_manifest
 from geomcache.pipeline.store.shard_file import read_index, read_rows
-from geomcache.pipeline.store.writer import zarr_metadata
+from geomcache.pipeline.store.writer import committed_shards, zarr_metadata
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ def verify_cache(path: Path, *, repair: bool, progress: Callable[[int, int], Non
         for name in wrong:
             write_atomic(path / name, zarr_metadata(manifest)[name])
     committed, damaged = 0, {}
-    for shard in range(manifest.shards):
+    shards = committed_shards(path, manifest)
+    for shard in shards:
         record = path / commit_path(shard)
-        if record.exists():
-            committed += 1
-            try:
-                _check_shard(path, manifest, shard, ShardCommit.parse(record.read_bytes(), str(record), CacheDamaged))
-            except GeomcacheError as problem:
-                damaged[shard] = problem.what
-                if repair:
-                    record.unlink(missing_ok=True)
-        progress(shard + 1, manifest.shards)
+        committed += 1
+        try:
+            _check_shard(path, manifest, shard, ShardCommit.parse(record.read_bytes(), str(record), CacheDamaged))
+        except GeomcacheError as problem:
+            damaged[shard] = problem.what
+            if repair:
+                record.unlink(missing_ok=True)
+        progress(committed, len(shards))
     return VerifyResult(manifest.shards, committed, damaged, tuple(wrong), repair and bool(damaged or wrong))
 
 
@@ -66,6 +66,8 @@ def _check_shard(path: Path, manifest: Manifest, shard: int, commit: ShardCommit
         len(rows),
     ):
         raise CacheDamaged(f"shard {shard}: its commit record belongs to another cache or shard")
+    if set(commit.digests) != set(manifest.arrays) or set(commit.sizes) != set(manifest.arrays):
+        raise CacheDamaged(f"shard {shard}: its commit record names other arrays than the manifest")
     for name, array in manifest.arrays.items():
         file = path / shard_path(name, shard, len(array.row_shape))
         index = read_index(file, manifest.rows_per_shard)

@@ -101,10 +101,8 @@ def read_commits(path: Path, manifest: Manifest) -> dict[int, ShardCommit]:
         CacheStale: a record belongs to another cache.
     """
     commits = {}
-    for shard in range(manifest.shards):
+    for shard in committed_shards(path, manifest):
         record = path / commit_path(shard)
-        if not record.exists():
-            continue
         commit = ShardCommit.parse(record.read_bytes(), str(record), CacheDamaged)
         rows = shard_rows(shard, manifest.rows, manifest.rows_per_shard)
         if (commit.shard, commit.first_row, commit.rows) != (shard, rows.start, len(rows)):
@@ -118,6 +116,12 @@ def read_commits(path: Path, manifest: Manifest) -> dict[int, ShardCommit]:
             )
         commits[shard] = commit
     return commits
+
+
+def committed_shards(path: Path, manifest: Manifest) -> list[int]:
+    """Shards of the manifest that have a commit record, in order."""
+    numbers = (int(record.stem) for record in (path / "commits").glob("[0-9]*.json") if record.stem.isdigit())
+    return sorted(number for number in numbers if number < manifest.shards)
 
 
 def token_statistics(tokens_NVGD: torch.Tensor) -> dict[str, float]:

@@ -71,10 +71,8 @@ def verify(
         as_json,
     )
     if not result.complete:
-        say(
-            "run the same `geomcache extract` again to make the missing shards"
-            + ("" if repair else " (after --repair)")
-        )
+        first = "first `geomcache cache verify --repair`, then " if result.damaged and not repair else ""
+        say(f"{first}run the same `geomcache extract` again to make the missing shards")
         raise typer.Exit(EXIT_FINDING)
 
 

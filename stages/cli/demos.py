@@ -39,11 +39,12 @@ def demos(
     Files follow the official LIBERO HDF5 layout, with depth and camera matrices added. Only successes are written.
     """
     from geomcache.configs.load import load_config
-    from geomcache.pipeline.files import write_config
+    from geomcache.pipeline.files import require_config_slot, write_config
     from geomcache.pipeline.sim.recorder import Config, record
 
     options = {"suite": suite, "tasks": tasks or None, "episodes": episodes, "seed": seed, "noise": noise}
     settings = load_config(Config, config, sets or [], options)
+    require_config_slot(out, Config)
     with progress_bar("recording demonstrations") as progress:
         summary = record(settings, out, attempts_shown(progress, settings))
     write_config(out, settings)

@@ -50,8 +50,8 @@ def info(
     """What a pack holds, and with --verify whether every byte of it is right (exit 1 when not)."""
     from geomcache.pipeline.pack.reader import PackReader
 
-    with PackReader(pack) as reader:
-        problems = reader.verify() if verify else []
+    with PackReader(pack) as reader, progress_bar("verifying shards") as progress:
+        problems = reader.verify(progress) if verify else []
         show_values({**_summary(pack, reader.info), **({"problems": problems} if verify else {})}, as_json)
     if problems:
         raise typer.Exit(1)

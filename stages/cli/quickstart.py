@@ -25,7 +25,14 @@ from geomcache.stages.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from geomcache.configs.schema import QuickstartConfig
+    from geomcache.configs.schema import (
+        DemosConfig,
+        EvalConfig,
+        ExtractConfig,
+        PackConfig,
+        QuickstartConfig,
+        TrainConfig,
+    )
 
 
 def quickstart(
@@ -43,6 +50,7 @@ def quickstart(
     from geomcache.pipeline.files import write_config
 
     settings = load_config(QuickstartConfig, config, sets or [], {"out": out})
+    _check(settings)
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     for name, stage in (
@@ -65,67 +73,110 @@ def quickstart(
         raise typer.Exit(EXIT_FINDING)
 
 
-def _demos(settings: "QuickstartConfig") -> None:
+def _demos_config(settings: "QuickstartConfig") -> "DemosConfig":
     from geomcache.pipeline.config_errors import parse_config
-    from geomcache.pipeline.sim.recorder import Config, record
+    from geomcache.pipeline.sim.recorder import Config
+
+    return parse_config(Config, settings.demos, "demos")
+
+
+def _demos(settings: "QuickstartConfig") -> None:
+    from geomcache.pipeline.sim.recorder import record
     from geomcache.stages.cli.demos import attempts_shown, require_all
 
-    demos = parse_config(Config, settings.demos, "demos")
+    config = _demos_config(settings)
     with _Stage("demos") as (stage, progress):
-        summary = record(demos, settings.out / "demos", attempts_shown(progress, demos))
+        summary = record(config, settings.out / "demos", attempts_shown(progress, config))
         stage.skipped = summary.attempted == 0
         require_all(summary)
 
 
-def _pack(settings: "QuickstartConfig") -> None:
+def _pack_config(settings: "QuickstartConfig") -> "PackConfig":
     from geomcache.configs.schema import PackConfig
     from geomcache.pipeline.config_errors import parse_config
-    from geomcache.stages.cli.pack import build_from
 
     paths = {"sources": [settings.out / "demos"], "out": settings.out / "pack"}
+    return parse_config(PackConfig, {**settings.pack, **paths}, "pack")
+
+
+def _pack(settings: "QuickstartConfig") -> None:
+    from geomcache.stages.cli.pack import build_from
+
     with _Stage("pack") as (stage, progress):
-        _, stage.skipped = build_from(parse_config(PackConfig, {**settings.pack, **paths}, "pack"), progress)
+        _, stage.skipped = build_from(_pack_config(settings), progress)
+
+
+def _extract_config(settings: "QuickstartConfig", encoder: str) -> "ExtractConfig":
+    from geomcache.pipeline.config_errors import parse_config
+    from geomcache.stages.extract.plan import ExtractConfig
+
+    paths = {"pack": settings.out / "pack", "out": settings.out / "caches" / encoder, "encoder": encoder}
+    return parse_config(ExtractConfig, {**settings.extract[encoder], **paths}, f"extract {encoder}")
 
 
 def _extract(settings: "QuickstartConfig") -> None:
-    from geomcache.pipeline.config_errors import parse_config
-    from geomcache.stages.extract.plan import ExtractConfig
     from geomcache.stages.extract.run import run
 
-    for encoder, own in settings.extract.items():
-        paths = {"pack": settings.out / "pack", "out": settings.out / "caches" / encoder, "encoder": encoder}
+    for encoder in settings.extract:
         with _Stage(f"extract {encoder}") as (stage, progress):
-            result = run(parse_config(ExtractConfig, {**own, **paths}, f"extract {encoder}"), progress)
-            stage.skipped = result.rows_encoded == 0
+            stage.skipped = run(_extract_config(settings, encoder), progress).rows_encoded == 0
+
+
+def _train_config(settings: "QuickstartConfig", name: str) -> "TrainConfig":
+    from geomcache.pipeline.config_errors import parse_config
+    from geomcache.stages.train.config import TrainConfig
+
+    policy = settings.train[name]
+    cache = settings.out / "caches" / policy.cache if policy.cache else None
+    data = [{"pack": settings.out / "pack", "cache": cache}]
+    filled: dict[str, Any] = {**policy.settings, "data": data, "out": settings.out / "train" / name}
+    return parse_config(TrainConfig, filled, f"train {name}")
+
+
+def _train_one(settings: "QuickstartConfig", name: str, progress: Callable[..., None]) -> bool:
+    from geomcache.stages.train.run import run
+
+    return run(_train_config(settings, name), progress)[1]
 
 
 def _train(settings: "QuickstartConfig") -> None:
     _side_by_side(_train_one, settings, "train")
 
 
-def _train_one(settings: "QuickstartConfig", name: str, progress: Callable[..., None]) -> bool:
+def _eval_config(settings: "QuickstartConfig", name: str) -> "EvalConfig":
     from geomcache.pipeline.config_errors import parse_config
-    from geomcache.stages.train.config import TrainConfig
-    from geomcache.stages.train.run import run
+    from geomcache.stages.evaluate.config import EvalConfig
 
-    policy = settings.train[name]
-    cache = settings.out / "caches" / policy.cache if policy.cache else None
-    data = [{"pack": settings.out / "pack", "cache": cache}]
-    filled: dict[str, Any] = {**policy.settings, "data": data, "out": settings.out / "train" / name}
-    return run(parse_config(TrainConfig, filled, f"train {name}"), progress)[1]
+    paths = {"run": settings.out / "train" / name, "out": settings.out / "eval" / name}
+    return parse_config(EvalConfig, {**settings.eval, **paths}, f"eval {name}")
+
+
+def _evaluate_one(settings: "QuickstartConfig", name: str, progress: Callable[..., None]) -> bool:
+    from geomcache.stages.evaluate.run import run
+
+    return run(_eval_config(settings, name), progress)[1]
 
 
 def _evaluate(settings: "QuickstartConfig") -> None:
     _side_by_side(_evaluate_one, settings, "eval")
 
 
-def _evaluate_one(settings: "QuickstartConfig", name: str, progress: Callable[..., None]) -> bool:
+def _check(settings: "QuickstartConfig") -> None:
+    """Refuse a wrong setting of any stage before the first one starts."""
+    from geomcache.configs.schema import QuickstartConfig
+    from geomcache.pipeline import plugins
     from geomcache.pipeline.config_errors import parse_config
-    from geomcache.stages.evaluate.config import EvalConfig
-    from geomcache.stages.evaluate.run import run
+    from geomcache.pipeline.files import require_config_slot
 
-    paths = {"run": settings.out / "train" / name, "out": settings.out / "eval" / name}
-    return run(parse_config(EvalConfig, {**settings.eval, **paths}, f"eval {name}"), progress)[1]
+    require_config_slot(settings.out, QuickstartConfig)
+    _demos_config(settings)
+    _pack_config(settings)
+    for encoder in settings.extract:
+        config = _extract_config(settings, encoder)
+        parse_config(plugins.config_class("encoder", encoder), config.encoder_config, f"encoder {encoder}")
+    for name in settings.train:
+        _train_config(settings, name)
+        _eval_config(settings, name)
 
 
 _Part = Callable[["QuickstartConfig", str, Callable[..., None]], bool]  # returns whether it was finished before

@@ -24,7 +24,7 @@ class EvalConfig(Schema):
         default=10, ge=1
     )  # per task; episode i starts from shipped initial state first_init_state + i
     first_init_state: int = Field(default=0, ge=0)
-    seed: int = 7
+    seed: int = Field(default=7, ge=0, lt=2**32)
     execute_steps: int = Field(default=8, ge=1)  # actions executed per query of the policy
     settle_steps: int = Field(default=10, ge=0)  # steps with an open gripper before the first query
     horizon: int | None = Field(default=None, ge=1)  # control steps; None: the community's limit for the suite
@@ -34,8 +34,8 @@ class EvalConfig(Schema):
     @field_validator("tasks")
     @classmethod
     def _each_task_once(cls, tasks: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if tasks is not None and len(set(tasks)) != len(tasks):
-            raise ValueError(f"a task is named twice in {list(tasks)}")
+        if tasks is not None and (not tasks or len(set(tasks)) != len(tasks)):
+            raise ValueError(f"at least one task, none twice (leave tasks out for the whole suite), not {list(tasks)}")
         return tasks
 
     def identity(self) -> Self:

@@ -35,13 +35,14 @@ class PolicyRow:
 
 
 def policy_rows(folder: Path) -> list[PolicyRow]:
-    """The table of every finished run under ``folder/train``, with its evaluation of the same name if there is one."""
+    """The table of every finished run, each with its evaluation if there is one."""
     rows = []
-    for result_path in sorted((folder / "train").glob(f"*/{RESULT_NAME}")):
-        run = result_path.parent
+    for run in _runs(folder):
+        result_path = run / RESULT_NAME
         result = TrainResult.parse(result_path.read_bytes(), str(result_path), InputError)
         card = read_card(latest_checkpoint(run))
-        results = _results_of(folder, run)
+        found = _evaluation_of(folder, run)
+        results = found[1] if found else None
         rows.append(
             PolicyRow(
                 name=run.name,
@@ -59,7 +60,8 @@ def policy_rows(folder: Path) -> list[PolicyRow]:
 
 
 def write_report(folder: Path, out: Path, title: str) -> Path:
-    """Write the page for everything that stands under ``folder`` (``train/``, ``eval/``, ``caches/``, ``pack/``).
+    """Write the page for a folder of runs, or for one laid out as the quickstart's (``train/NAME``, ``eval/NAME``,
+    ``caches/``, ``pack/``). A run's evaluation is ``RUN/eval`` or ``eval/NAME``.
 
     Raises:
         InputError: there is no finished run under ``folder``.
@@ -68,7 +70,7 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
     if not policies:
         raise InputError(
             f"{folder} holds nothing to report",
-            expected="train/NAME/result.json of a finished geomcache train",
+            expected="NAME/result.json or train/NAME/result.json of a finished geomcache train",
             found="none",
             fix=f"geomcache train --out {folder}/train/NAME ...",
         )
@@ -76,7 +78,7 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
 
     template = resources.files("geomcache.stages.evaluate").joinpath("report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    metrics = {row.name: read_metrics(folder / "train" / row.name / METRICS_NAME) for row in policies}
+    metrics = {run.name: read_metrics(run / METRICS_NAME) for run in _runs(folder)}
     page = environment.from_string(template).render(
         title=title,
         version=geomcache.__version__,
@@ -90,21 +92,29 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
     return out
 
 
-def _results_of(folder: Path, run: Path) -> EvalResults | None:
-    path = folder / "eval" / run.name
-    if not (path / RESULTS_NAME).exists():
-        return None
-    results = read_results(path)
-    same = results.checkpoint_weights == digest_file(latest_checkpoint(run) / "policy.safetensors")
-    return results if same else None  # results of an older training of the same name do not belong to this run
+def _runs(folder: Path) -> list[Path]:
+    """Finished runs, by name."""
+    found = {path.parent for pattern in ("*", "train/*") for path in folder.glob(f"{pattern}/{RESULT_NAME}")}
+    return sorted(found, key=lambda run: run.name)
+
+
+def _evaluation_of(folder: Path, run: Path) -> tuple[Path, EvalResults] | None:
+    """Where a run's results lie, and the results; results of an older training of the same name are not its own."""
+    for path in (run / "eval", folder / "eval" / run.name):
+        if (path / RESULTS_NAME).exists():
+            results = read_results(path)
+            if results.checkpoint_weights == digest_file(latest_checkpoint(run) / "policy.safetensors"):
+                return path, results
+    return None
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
     found = []
-    for run in sorted(path.parent for path in (folder / "train").glob(f"*/{RESULT_NAME}")):
-        path, results = folder / "eval" / run.name, _results_of(folder, run)
-        if results is None:
+    for run in _runs(folder):
+        evaluation = _evaluation_of(folder, run)
+        if evaluation is None:
             continue
+        path, results = evaluation
         tasks = []
         for task in results.tasks:
             first = next(episode for episode in results.episodes if episode.task == task.task)

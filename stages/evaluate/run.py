@@ -187,7 +187,7 @@ def _finished_episodes(config: EvalConfig, weights: str) -> dict[tuple[int, int]
     standing = EvalResults.read(path, InputError)
     differences = standing.config.identity().describe_difference(config.identity())
     differences += [] if standing.checkpoint_weights == weights else ["the checkpoint's weights"]
-    if differences:
+    if differences and standing.episodes:
         raise InputError(
             f"{config.out} holds results of another evaluation",
             expected="the same configuration and checkpoint, to continue it",

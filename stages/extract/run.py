@@ -3,9 +3,10 @@
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from geomcache.cache_schemas.base import Schema
@@ -83,6 +84,11 @@ def ray_session(address: str | None, workers: int) -> Iterator[Any]:
     if address is not None:
         _require_reachable(address)
     local: dict[str, Any] = {"num_cpus": max(workers, 1), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    with redirect_stdout(sys.stderr):  # Ray prints its notices; standard output belongs to --json
+        yield from _connected(ray, address, local)
+
+
+def _connected(ray: Any, address: str | None, local: dict[str, Any]) -> Iterator[Any]:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
     try:
         yield ray
@@ -129,7 +135,7 @@ def _get(ray: Any, reference: Any) -> Any:
         if isinstance(problem.cause, GeomcacheError | OSError):
             raise problem.cause from problem
         raise
-    except ray.exceptions.RayActorError as problem:
+    except ray.exceptions.RayError as problem:
         raise InputError(
             "an extraction worker died again and again",
             expected=f"at most {_WORKER_RESTARTS} deaths",

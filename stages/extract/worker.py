@@ -37,6 +37,7 @@ class ShardWorker:
         """Make and commit one shard; doing it twice gives the same bytes."""
         pack, encoder, codec = self._ready()
         started = time.perf_counter()
+        pack.verify_shard(shard)  # tokens of damaged frames would carry the good cache's name
         frames = pack.frames(shard_rows(shard, self._manifest.rows, self._manifest.rows_per_shard))
         read = time.perf_counter()
         encoded = codec.encode(encode_padded(encoder, frames))

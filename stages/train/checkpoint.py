@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from geomcache.cache_schemas.base import VersionedSchema
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.files import sync_file, sync_folder, temporary_name, write_atomic
 from geomcache.stages.train.config import MixedPrecision
@@ -28,12 +30,13 @@ _CARD, _WEIGHTS, _OPTIMIZER, _BACKBONE = "card.json", "policy.safetensors", "opt
 class CheckpointCard(VersionedSchema):
     """What the weights mean; evaluation is built from this, not from the command line."""
 
-    step: int  # optimiser steps done
+    step: int = Field(ge=0)  # optimiser steps done
     policy: PolicyConfig
     contract: Contract  # of the frames it was trained on
     recipe: TokenRecipe | None  # how its geometry tokens were made; None without geometry
     normaliser: Normaliser
     packs: tuple[str, ...]  # digests of the packs it was trained on
+    digests: dict[str, str] = Field(default_factory=dict)  # file of the checkpoint -> SHA-256
     mixed_precision: MixedPrecision = "no"  # autocast of the VLM, in training and when it acts
     geomcache_version: str
 
@@ -89,8 +92,9 @@ def save_checkpoint(
             ) from problem
         for name in (_WEIGHTS, _OPTIMIZER):
             sync_file(temporary / name)
+        digests = {name: digest_file(temporary / name) for name in (_WEIGHTS, _OPTIMIZER)}
         policy.save_backbone(temporary / _BACKBONE)
-        write_atomic(temporary / _CARD, card.model_dump_json(indent=2))
+        write_atomic(temporary / _CARD, card.model_copy(update={"digests": digests}).model_dump_json(indent=2))
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -111,6 +115,7 @@ def load_policy(checkpoint: Path, card: CheckpointCard) -> PolicyNet:
 
 def load_weights(policy: nn.Module, checkpoint: Path) -> None:
     """Load ``policy.safetensors``; a missing or unexpected tensor is an error."""
+    _require_whole(checkpoint, _WEIGHTS)
     problems = policy.load_state_dict(load_file(checkpoint / _WEIGHTS), strict=False)
     if problems.missing_keys or problems.unexpected_keys:
         raise InputError(
@@ -120,8 +125,22 @@ def load_weights(policy: nn.Module, checkpoint: Path) -> None:
         )
 
 
+def _require_whole(checkpoint: Path, name: str) -> None:
+    """Raise ``InputError`` unless a file's bytes are those that were saved."""
+    path, expected = checkpoint / name, read_card(checkpoint).digests.get(name)
+    found = digest_file(path) if path.exists() else "no file"
+    if found != expected:
+        raise InputError(
+            f"{path} is damaged",
+            expected=f"the bytes that were saved (SHA-256 {str(expected)[:16]}...)",
+            found=found[:16],
+            fix=f"delete {checkpoint}; training continues from the checkpoint before it",
+        )
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Restore AdamW's moments and step counts."""
+    _require_whole(checkpoint, _OPTIMIZER)
     optimizer.load_state_dict(torch.load(checkpoint / _OPTIMIZER, weights_only=True, map_location="cpu"))
 
 

@@ -1,7 +1,7 @@
 """The configuration of stage two."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from geomcache.stages.train.normalise import NormalisationMode
 from geomcache.stages.train.policy import PolicyConfig
 
 MixedPrecision = Literal["no", "bf16"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataPair(Schema):
@@ -22,8 +23,8 @@ class DataPair(Schema):
 class LearningRates(Schema):
     """Per module; every group ends at ``TrainConfig.min_learning_rate``."""
 
-    vlm: float = 1e-5
-    head: float = 1e-4  # DiT, compressor and everything else
+    vlm: float = Field(default=1e-5, gt=0)
+    head: float = Field(default=1e-4, gt=0)  # DiT, compressor and everything else
 
 
 class TrainConfig(Schema):
@@ -33,16 +34,16 @@ class TrainConfig(Schema):
     data: tuple[DataPair, ...]  # rows of all pairs are trained on together
     policy: PolicyConfig = PolicyConfig()
     normalisation: NormalisationMode = "min_max"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     steps: int = Field(default=100_000, ge=1)  # optimiser steps
     batch_size: int = Field(default=16, ge=1)  # samples per process and optimiser step part
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: LearningRates = LearningRates()
-    min_learning_rate: float = 5e-7
+    min_learning_rate: float = Field(default=5e-7, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
-    weight_decay: float = 1e-8
-    betas: tuple[float, float] = (0.9, 0.95)
-    gradient_clip: float = 1.0
+    weight_decay: float = Field(default=1e-8, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    gradient_clip: float = Field(default=1.0, gt=0)
     mixed_precision: MixedPrecision = "no"  # bf16: autocast over float32 weights; the DiT stays float32
     processes: int = Field(default=1, ge=1)  # ranks that must be running; checked against what was launched
     data_workers: int = Field(default=0, ge=0)  # processes that decode images

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.contract import ACTION_DIM, STATE_DIM
 from geomcache.cache_schemas.errors import ConfigError
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
@@ -124,6 +125,14 @@ class PolicyNet(nn.Module):
                 fix="name a cache, or set geom_compression_type to none",
             )
         self.backbone = backbone_class(backbone_config, layer_indices=vlm_layers, folder=backbone_folder)
+        found = config.dit.state_dim, config.dit.action_dim
+        if found != (STATE_DIM, ACTION_DIM):
+            raise ConfigError(
+                "the DiT's state_dim and action_dim are not the contract's",
+                expected=f"{STATE_DIM} and {ACTION_DIM}",
+                found=f"{found[0]} and {found[1]}",
+                fix="leave dit.state_dim and dit.action_dim out",
+            )
         context_dim = self.backbone.context_dim
         views, tokens_per_view, dim = self.token_spec.row_shape if self.token_spec else (0, 0, 0)
         with seeded(config.seed):

@@ -14,7 +14,14 @@ import geomcache
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import ConfigError, GeomcacheError, InputError
 from geomcache.pipeline.config_errors import parse_config
-from geomcache.pipeline.files import CONFIG_NAME, remove_leftovers, require_own_folder, write_atomic, write_config
+from geomcache.pipeline.files import (
+    CONFIG_NAME,
+    holds_config_of,
+    remove_leftovers,
+    require_own_folder,
+    write_atomic,
+    write_config,
+)
 from geomcache.stages.train.checkpoint import CheckpointCard, checkpoints_of, latest_checkpoint, read_card
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.data import BatchMaker, TrainingData
@@ -53,15 +60,12 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     accelerator = make_accelerator(config)
     data = TrainingData(config)
     with accelerator.main_process_first():  # the others find the folder as the first left it
-        require_own_folder(config.out, lambda folder: (folder / CONFIG_NAME).exists(), "a training run")
+        require_own_folder(config.out, lambda folder: holds_config_of(folder, TrainConfig), "a training run")
         _require_same_config(config)
         _require_same_data(config, data)
         result_path = config.out / RESULT_NAME
         if result_path.exists():
             return TrainResult.parse(result_path.read_bytes(), str(result_path), InputError), True
-        if accelerator.is_main_process:
-            write_config(config.out, config)
-            remove_leftovers(config.out)
     normaliser = Normaliser.fit(data.states(), data.actions(), config.normalisation)
     statistics = data.token_statistics()
     policy = PolicyNet(
@@ -81,6 +85,9 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     )
     _require_float32(policy)
     maker = BatchMaker(data, policy.backbone.packer, normaliser, config, rank=accelerator.process_index)
+    if accelerator.is_main_process:  # only now: what was refused before has not claimed the folder
+        write_config(config.out, config)
+        remove_leftovers(config.out)
     policy = fit(config, policy, maker, card, accelerator, progress)
     error, baseline, rows = open_loop_error(policy, maker, data, config, accelerator.device)
     result = TrainResult(
@@ -128,10 +135,9 @@ def open_loop_error(
 
 
 def _require_same_config(config: TrainConfig) -> None:
-    path = config.out / CONFIG_NAME
-    if not path.exists():
-        return
-    standing = parse_config(TrainConfig, yaml.safe_load(path.read_text()), str(path))
+    if not checkpoints_of(config.out):
+        return  # nothing would be lost
+    standing = read_config(config.out)
     if differences := standing.identity().describe_difference(config.identity()):
         raise InputError(
             f"{config.out} is a run with another configuration",
@@ -139,6 +145,12 @@ def _require_same_config(config: TrainConfig) -> None:
             found="; ".join(differences),
             fix="choose another --out, or give back the changed keys",
         )
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The resolved settings of a run; ``ConfigError`` when they cannot be read."""
+    path = run / CONFIG_NAME
+    return parse_config(TrainConfig, yaml.safe_load(path.read_bytes()), str(path))
 
 
 def _require_float32(policy: PolicyNet) -> None:

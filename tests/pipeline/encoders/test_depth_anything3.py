@@ -52,7 +52,10 @@ def test_adapter_equals_the_packages_own_backbone_call(contract: Contracts, fram
     """The same state in a DinoV2 that the package builds, called as its net does: four out layers."""
     from depth_anything_3.model.dinov2.dinov2 import DinoV2
 
-    encoder = loaded(Config(model="da3-small", tap="features.both", batch_size=2, process_size=(84, 84)), contract())
+    encoder = loaded(
+        Config(model="da3-small", weights="random", tap="features.both", batch_size=2, process_size=(84, 84)),
+        contract(),
+    )
     own = DinoV2(
         name="vits", out_layers=[5, 7, 9, 11], alt_start=4, qknorm_start=4, rope_start=4, cat_token=True
     ).eval()
@@ -135,7 +138,7 @@ def test_batches_are_scenes_not_views(contract: Contracts, frames: Frames) -> No
     [
         Config(batch_size=3, process_size=(252, 252)),
         Config(batch_size=3, compute_dtype="bfloat16"),
-        Config(batch_size=2, model="da3-small", process_size=(126, 126)),
+        Config(batch_size=2, model="da3-small", weights="random", process_size=(126, 126)),
     ],
     ids=["252", "bfloat16", "da3-small"],
 )
@@ -164,15 +167,20 @@ def test_seed_makes_the_weights(contract: Contracts) -> None:
 
 
 def test_random_weights_are_named_as_such(contract: Contracts) -> None:
-    encoder = Encoder(Config(model="da3-large-1.1", seed=7), contract())
+    encoder = Encoder(Config(model="da3-large-1.1", weights="random", seed=7), contract())
     assert encoder.license == "none (random weights, seed 7)"
     assert "RANDOM weights (seed 7)" in encoder.description
+
+
+def test_a_published_model_is_never_random_by_oversight() -> None:
+    with pytest.raises(ConfigError, match="model da3-base needs weights"):
+        parse_config(Config, {"model": "da3-base"}, "x")
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_specs_of_all_models(model: str, contract: Contracts) -> None:
     size = MODELS[model]
-    config = parse_config(Config, {"model": model, "process_size": [252, 224]}, "x")
+    config = parse_config(Config, {"model": model, "weights": "random", "process_size": [252, 224]}, "x")
     assert Encoder(config, contract()).spec.row_shape == (2, 18 * 16, size.width)
     both = config.model_copy(update={"tap": "features.both"})
     assert Encoder(both, contract()).spec.dim == 2 * size.width

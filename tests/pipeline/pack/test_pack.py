@@ -4,19 +4,21 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
 from PIL import Image
 
-from geomcache.cache_schemas.errors import ContractMismatch, InputError, PackDamaged, SchemaTooNew
+from geomcache.cache_schemas.errors import ContractMismatch, InputError, PackDamaged, SchemaTooNew, SourceDamaged
 from geomcache.configs.schema import PackConfig
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.sources.libero_hdf5 import Config, Source
 from geomcache.stages.cli.pack import build_from
-from tests.conftest import LENGTHS, build_pack_at, nothing, write_demo_file
+from tests.conftest import LENGTHS, build_pack_at, extract_without_ray, nothing, write_demo_file
 
 ROWS = sum(LENGTHS) - len(LENGTHS)
 
@@ -43,7 +45,7 @@ def test_every_row_holds_its_episodes_frame_action_and_state(pack_path: Path, de
             np.testing.assert_array_equal(pack.states_NS[rows], episode.states_TS)
             assert pack.instruction(row) == episode.instruction
             row += len(episode)
-        assert pack.verify() == []
+        assert pack.verify(nothing) == []
 
 
 def test_rows_come_in_the_order_asked_for(pack_path: Path) -> None:
@@ -128,8 +130,51 @@ def test_foreign_folders_and_damage_are_named(demo_file: Path, tmp_path: Path) -
     flipped[2000] ^= 1
     shard.write_bytes(flipped)
     with PackReader(pack) as reader:
-        assert reader.verify() == ["shards/000002.tar: digest differs from pack.json"]
+        assert reader.verify(nothing) == [f"{shard} is damaged"]
+    index = (pack / "rows.arrow").read_bytes()
+    (pack / "rows.arrow").write_bytes(index[:500] + bytes([index[500] ^ 1]) + index[501:])
+    with pytest.raises(PackDamaged, match=r"rows\.arrow"):
+        PackReader(pack)
+    (pack / "rows.arrow").write_bytes(index)
     card = json.loads((pack / "pack.json").read_text())
     (pack / "pack.json").write_text(json.dumps({**card, "schema_version": 99}))
     with pytest.raises(SchemaTooNew, match="schema version 99"):
         PackReader(pack)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"rows": 500}, {"rows": -5}, {"episodes": 2}, {"shards": []}, {"index": []}],
+    ids=lambda lie: str(lie),
+)
+def test_a_pack_json_that_contradicts_the_index_is_refused(
+    demo_file: Path, tmp_path: Path, lie: dict[str, Any]
+) -> None:
+    pack = build_pack_at(demo_file, tmp_path / "pack")
+    card = json.loads((pack / "pack.json").read_text())
+    (pack / "pack.json").write_text(json.dumps({**card, **lie}))
+    with pytest.raises(PackDamaged, match=r"pack\.json"):
+        PackReader(pack)
+
+
+def test_a_damaged_shard_never_becomes_tokens(demo_file: Path, tmp_path: Path) -> None:
+    """Depth carries no checksum of its own; extraction compares the shard's digest first."""
+    pack = build_pack_at(demo_file, tmp_path / "pack")
+    with tarfile.open(pack / "shards/000001.tar") as tar:
+        place = tar.getmember("00000009.agentview.depth.npy").offset_data + 500
+    data = bytearray((pack / "shards/000001.tar").read_bytes())
+    data[place] ^= 1
+    (pack / "shards/000001.tar").write_bytes(data)
+    with pytest.raises(PackDamaged, match=r"000001\.tar"):
+        extract_without_ray(pack, "oracle_pointmap", tmp_path / "cache")
+
+
+def test_a_refused_build_does_not_claim_the_folder(tmp_path: Path) -> None:
+    broken = write_demo_file(tmp_path / "task_demo.hdf5")
+    whole = broken.read_bytes()
+    with h5py.File(broken, "a") as file:
+        file["data/demo_2/actions"][1, 1] = np.nan
+    with pytest.raises(SourceDamaged):
+        build_pack_at(broken, tmp_path / "pack")
+    broken.write_bytes(whole)
+    assert len(PackReader(build_pack_at(broken, tmp_path / "pack"))) == ROWS

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -11,7 +12,7 @@ import pytest
 
 from geomcache.cache_schemas.errors import InputError
 from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
-from geomcache.pipeline.sim import recorder
+from geomcache.pipeline.sim import demo_file, recorder
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.recorder import Config, EpisodeReport, RecordSummary, record
 
@@ -34,7 +35,13 @@ Recording = tuple[Path, RecordSummary, list[EpisodeReport]]
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     reports: list[EpisodeReport] = []
     out = tmp_path_factory.mktemp("recorded")
-    summary = record(CONFIG, out, reports.append)
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # the parts are kept, as if the run had been stopped before joining them
+        patch.setattr(
+            demo_file, "shutil", SimpleNamespace(rmtree=lambda path, **_: path.rename(out.with_name("parts")))
+        )
+        summary = record(CONFIG, out, reports.append)
     return out, summary, reports
 
 
@@ -144,11 +151,10 @@ def test_a_finished_file_is_kept_and_another_recording_refused(
 
 def test_a_stopped_recording_goes_on_with_what_was_recorded(recording: Recording, tmp_path: Path) -> None:
     """A demonstration is safe as soon as it is recorded; joined, the file is the undisturbed one, byte for byte."""
-    _, first, _ = recording
+    out, first, _ = recording
     finished = first.files[0]
     parts = tmp_path / f".{finished.name}.parts"
-    parts.mkdir()
-    shutil.copy(finished, parts / "attempt_000000.hdf5")
+    shutil.copytree(out.with_name("parts"), parts)
     (parts / "attempt_000001.hdf5").write_bytes(b"cut by a kill")
     again = record(CONFIG, tmp_path)
     assert (again.attempted, again.frames) == (0, first.frames)

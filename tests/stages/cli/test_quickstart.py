@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from geomcache.cache_schemas.errors import ConfigError
 from geomcache.configs.load import read_yaml
 from geomcache.pipeline.sim import recorder
 from geomcache.stages.cli import quickstart as module
@@ -50,3 +51,16 @@ def test_it_skips_what_is_finished_and_exits_1_when_nothing_was_learned(
 def test_the_gate_is_half_of_the_mean_actions_error() -> None:
     for preset in ("quickstart/quickstart", "quickstart/smallest"):
         assert "largest_open_loop_ratio" not in read_yaml(preset)  # the class's 0.5 holds
+
+
+def test_a_wrong_setting_of_a_late_stage_is_refused_before_the_first(tmp_path: Path) -> None:
+    for wrong, said in (
+        ("train.pool.settings.stepz=2", "did you mean 'steps'"),
+        ("extract.depth_anything3.encoder_config.modle=tiny", "did you mean 'model'"),
+        ("eval.episodes=0", "'episodes' has a wrong value"),
+    ):
+        command = ["quickstart", "--config", "quickstart/smallest", "--out", str(tmp_path / "q"), "--set", wrong]
+        with pytest.raises(ConfigError) as caught:
+            CliRunner().invoke(app, command, catch_exceptions=False)
+        assert said in str(caught.value)
+        assert not (tmp_path / "q").exists()

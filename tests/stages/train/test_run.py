@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from geomcache.cache_schemas.errors import ConfigError, InputError, SchemaTooNew, TrainingFailed
+from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.stages.train import loop
 from geomcache.stages.train.checkpoint import checkpoints_of, latest_checkpoint, load_policy, read_card
 from geomcache.stages.train.config import DataPair, LearningRates, TrainConfig
@@ -177,6 +178,11 @@ def test_a_foreign_or_future_checkpoint_is_named(config: TrainConfig) -> None:
     weights = load_file(checkpoint / "policy.safetensors")
     dropped = sorted(weights)[0]
     save_file({name: tensor for name, tensor in weights.items() if name != dropped}, checkpoint / "policy.safetensors")
+    with pytest.raises(InputError, match=r"policy\.safetensors is damaged"):
+        load_policy(checkpoint, read_card(checkpoint))
+    card = json.loads((checkpoint / "card.json").read_text())
+    card["digests"]["policy.safetensors"] = digest_file(checkpoint / "policy.safetensors")
+    (checkpoint / "card.json").write_text(json.dumps(card))
     with pytest.raises(InputError, match=f"missing \\['{dropped}'\\]"):
         load_policy(checkpoint, read_card(checkpoint))
     card = json.loads((checkpoint / "card.json").read_text())
