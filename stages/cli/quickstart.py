@@ -25,14 +25,11 @@ from geomcache.stages.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from geomcache.configs.schema import (
-        DemosConfig,
-        EvalConfig,
-        ExtractConfig,
-        PackConfig,
-        QuickstartConfig,
-        TrainConfig,
-    )
+    from geomcache.configs.schema import PackConfig, QuickstartConfig
+    from geomcache.pipeline.sim.recorder import Config as DemosConfig
+    from geomcache.stages.evaluate.config import EvalConfig
+    from geomcache.stages.extract.plan import ExtractConfig
+    from geomcache.stages.train.config import TrainConfig
 
 
 def quickstart(
