@@ -8,6 +8,8 @@ Non-obvious:
   policies are given is the task's name in words; it is stored beside it as the attribute ``instruction``.
 """
 
+import errno
+import io
 import json
 import os
 import re
@@ -24,7 +26,7 @@ from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import CameraContract
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.fingerprint import digest_json
-from geomcache.pipeline.files import remove_leftovers, sync_folder, temporary_name
+from geomcache.pipeline.files import atomic_writer, remove_leftovers, sync_folder, temporary_name
 from geomcache.pipeline.official_layout import file_camera_name
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.suites import TaskInfo
@@ -133,18 +135,23 @@ class Demo:
 
 
 class DemoFile:
-    """A file being written; appears under its name whole, and only if it holds at least one demonstration."""
+    """A file being written; appears under its name whole, and only if it holds at least one demonstration.
 
-    def __init__(self, path: Path, config: Config, task: TaskInfo) -> None:
+    ``in_memory``: built in memory and written at once. HDF5 leaves the process in ruins when the disk is full while it
+    writes, so one demonstration is never written by it, and joined files are only begun where they fit.
+    """
+
+    def __init__(self, path: Path, config: Config, task: TaskInfo, *, in_memory: bool = False) -> None:
         self._path, self._config, self._task = path, config, task
         self._temporary = temporary_name(path)
+        self._memory = io.BytesIO() if in_memory else None
         self._file: Any = None
         self._demos = self._total = 0
 
     def __enter__(self) -> Self:
         import h5py
 
-        self._file = h5py.File(self._temporary, "w")
+        self._file = h5py.File(self._temporary if self._memory is None else self._memory, "w")
         data = self._file.create_group("data")
         for name, value in _file_attributes(self._config, self._task).items():
             data.attrs[name] = value
@@ -191,7 +198,10 @@ class DemoFile:
     ) -> None:
         try:
             self._file.close()
-            if kind is None and self._demos:
+            if kind is None and self._demos and self._memory is not None:
+                with atomic_writer(self._path) as part:
+                    part.write(self._memory.getbuffer())
+            elif kind is None and self._demos:
                 with self._temporary.open("rb") as file:
                     os.fsync(file.fileno())
                 self._temporary.replace(self._path)
@@ -230,12 +240,15 @@ class DemoCollection:
         """Keep one demonstration."""
         self._parts.mkdir(exist_ok=True)
         part = self._parts / f"attempt_{attempt:06d}.hdf5"
-        with DemoFile(part, self._config, self._task) as file:
+        with DemoFile(part, self._config, self._task, in_memory=True) as file:
             file.add(demo)
         self._found[attempt] = part, "demo_0"
 
     def finish(self) -> int:
         """Write the task's file from all demonstrations, in order of their attempts; returns its steps."""
+        needed = sum(source.stat().st_size for source in {source for source, _ in self._found.values()})
+        if needed > shutil.disk_usage(self._path.parent).free:
+            raise OSError(errno.ENOSPC, "no room to join the demonstrations", str(self._path))
         with DemoFile(self._path, self._config, self._task) as file:
             steps = sum(file.add_copy(*self._found[attempt]) for attempt in sorted(self._found))
         shutil.rmtree(self._parts, ignore_errors=True)

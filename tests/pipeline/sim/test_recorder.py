@@ -39,7 +39,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
         pytest.MonkeyPatch.context() as patch
     ):  # the parts are kept, as if the run had been stopped before joining them
         patch.setattr(
-            demo_file, "shutil", SimpleNamespace(rmtree=lambda path, **_: path.rename(out.with_name("parts")))
+            demo_file,
+            "shutil",
+            SimpleNamespace(rmtree=lambda path, **_: path.rename(out.with_name("parts")), disk_usage=shutil.disk_usage),
         )
         summary = record(CONFIG, out, reports.append)
     return out, summary, reports
