@@ -1,15 +1,14 @@
 """Small helpers for what is built from a config: seeded weights, checked options, the layer pairing."""
 
 import contextlib
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from geomcache.cache_schemas.errors import ConfigError
 from geomcache.pipeline import plugins
+from geomcache.pipeline.config_errors import parse_config
 
 
 @contextlib.contextmanager
@@ -30,19 +29,7 @@ def parse_options(kind: str, name: str, options: Mapping[str, Any]) -> Any:
         UnknownName: there is no such plug-in.
         ConfigError: an option is unknown or has a wrong value.
     """
-    config_class = plugins.config_class(kind, name)
-    try:
-        return config_class.model_validate(dict(options))
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        close = difflib.get_close_matches(field, list(config_class.model_fields), n=1)
-        raise ConfigError(
-            f"option {field!r} of {kind} {name!r} cannot be used",
-            expected=f"options of {name}: {', '.join(config_class.model_fields) or 'none'}",
-            found=first["msg"],
-            fix=f"did you mean {close[0]!r}?" if close and close[0] != field else "correct the option",
-        ) from problem
+    return parse_config(plugins.config_class(kind, name), options, f"{kind} {name}")
 
 
 def pair_layers(num_layers: int, num_blocks: int, explicit: Sequence[int] | None = None) -> tuple[int, ...]:
