@@ -9,11 +9,16 @@ from typing import Literal
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import ContractMismatch
 
-# How the rows and columns of a stored image map to the world.
-# "upright":   row 0 is up, columns run left to right as seen (text reads correctly)
-# "bottom_up": the simulator's raw buffer, row 0 is down (robosuite IMAGE_CONVENTION "opengl")
-# "rot180":    the raw buffer turned by 180 degrees; looks upright but is mirrored left-right
-ImageOrientation = Literal["upright", "bottom_up", "rot180"]
+# How a stored image S relates to the true upright picture U; all eight flips and turns have a name.
+# "upright":      S = U: row 0 is up, columns run left to right as seen (text reads correctly)
+# "bottom_up":    U flipped top-bottom: the simulator's raw buffer (robosuite IMAGE_CONVENTION "opengl")
+# "rot180":       the RAW BUFFER turned by 180 degrees, which is U mirrored left-right; what the community stores
+# "upside_down":  U turned by 180 degrees
+# "rot90_left", "rot90_right": U turned by a quarter
+# "transposed", "antitransposed": U mirrored at a diagonal
+ImageOrientation = Literal[
+    "upright", "bottom_up", "rot180", "upside_down", "rot90_left", "rot90_right", "transposed", "antitransposed"
+]
 
 
 class CameraContract(Schema):

@@ -1,5 +1,7 @@
 """pack.json: what a frame pack is. Written last; a pack without it is not finished."""
 
+from typing import Any
+
 from pydantic import Field
 
 from geomcache.cache_schemas.base import Schema, VersionedSchema
@@ -15,8 +17,17 @@ class SourceRecord(Schema):
     """One data set that went into the pack."""
 
     kind: str  # plug-in name
-    location: str  # file or folder name, without the machine's path
-    revision: str  # digest of its bytes
+    location: str  # file, folder or data set name, without the machine's path
+    revision: str  # digest of its bytes and of how they are read
+    settings: dict[str, Any] = Field(default_factory=dict)  # the plug-in's, without the path
+    details: dict[str, str] = Field(default_factory=dict)  # what the data set is: format, image codec, decoder
+
+
+class NoOpFilter(Schema):
+    """Rows and episodes to leave out, as the community's "no-noops" data sets do; see pipeline/no_ops.py."""
+
+    threshold: float = Field(default=1e-4, gt=0.0)  # of the norm of an action's six motion numbers
+    success_only: bool = True  # leave out episodes that the data set says failed
 
 
 class PackFile(Schema):
@@ -33,16 +44,30 @@ class PackRequest(Schema):
     sources: tuple[SourceRecord, ...]
     contract: Contract
     rows_per_shard: int = Field(ge=1)
+    no_ops: NoOpFilter | None = None  # None: every row is packed
+    skip_damaged: bool = False
+
+
+class EpisodeLeftOut(Schema):
+    """An episode of a source that is not in the pack."""
+
+    source: int  # its number in the request
+    episode: int  # its number in the source
+    where: str  # file and episode as a person finds them
+    why: str
 
 
 class PackInfo(VersionedSchema):
     """The pack's card for machines."""
 
+    schema_version: int = 2  # 2: settings and details of sources, no-op filter, episodes left out
     request: PackRequest
     rows: int
     episodes: int
     shards: tuple[PackFile, ...]
     index: tuple[PackFile, ...]  # rows.arrow, episodes.arrow
+    left_out: tuple[EpisodeLeftOut, ...] = ()  # damaged (with --on-error skip) or failed (no_ops.success_only)
+    no_op_rows: int = 0  # rows that the filter left out
 
     @property
     def contract(self) -> Contract:

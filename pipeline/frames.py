@@ -24,7 +24,7 @@ class FrameBatch:
     def __len__(self) -> int:
         return len(self.images_BVHWC)
 
-    def __getitem__(self, rows: slice) -> "FrameBatch":
+    def __getitem__(self, rows: "slice | NDArray[np.int64]") -> "FrameBatch":
         return FrameBatch(
             self.images_BVHWC[rows],
             None if self.depth_BVHW is None else self.depth_BVHW[rows],
@@ -52,17 +52,32 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Episode:
-    """One demonstration; row t holds the observation BEFORE action t is executed."""
+class EpisodeHead:
+    """What is known of one demonstration without decoding a frame; row t is (observation BEFORE action t, action t)."""
 
-    suite: str
+    where: str  # file and episode as a person finds them: "x_demo.hdf5: data/demo_3"
+    suite: str  # LIBERO's suite, "unknown" where the data set does not say
     task: str  # LIBERO's task name
-    episode: int  # number within the task
+    number: int  # of the episode within its task or data set
     instruction: str
-    frames: FrameBatch  # B = T
-    states_TS: NDArray[np.float32]  # [T, 8]
-    actions_TA: NDArray[np.float32]  # [T, 7]
+    actions_TA: NDArray[np.float32]  # [T, 7] in the simulator's convention, see Contract.action_layout
+    succeeded: bool | None = None  # None: the data set does not say
     metadata: dict[str, str] = field(default_factory=dict)  # recorder's seed, init state, noise; shown in the index
 
     def __len__(self) -> int:
         return len(self.actions_TA)
+
+
+@dataclass(frozen=True)
+class EpisodeRows:
+    """Some consecutive rows of one demonstration."""
+
+    frames: FrameBatch  # B = rows
+    states_TS: NDArray[np.float32]  # [rows, 8] see Contract.state_layout
+
+    def __len__(self) -> int:
+        return len(self.states_TS)
+
+    def take(self, rows: NDArray[np.int64]) -> "EpisodeRows":
+        """Only these rows."""
+        return EpisodeRows(self.frames[rows], self.states_TS[rows])

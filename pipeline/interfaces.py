@@ -4,7 +4,7 @@ Shape letters (used in names everywhere): B batch, V views, H,W image, G geometr
 dim, K compressed tokens, L DiT blocks, C context dim, S prompt tokens, T action horizon, A action dim.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,25 +15,38 @@ from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.manifest import ArraySpec
 from geomcache.cache_schemas.token_spec import TokenSpec
-from geomcache.pipeline.frames import Episode, FrameBatch, Observation
+from geomcache.pipeline.frames import EpisodeHead, EpisodeRows, FrameBatch, Observation
 
 Need = Literal["images", "depth", "cameras"]
 
 
 @runtime_checkable
 class FrameSource(Protocol):
-    """A data set on disk; a source declares its conventions and hands out true upright episodes."""
+    """A data set on disk; a source declares its conventions and hands out true upright rows.
+
+    Built by ``Source(config)``, cheaply and without decoding a frame; pickled to workers as its config.
+    """
 
     @property
-    def contract(self) -> Contract: ...  # of the episodes it yields: image_orientation is "upright"
+    def contract(self) -> Contract: ...  # of the rows it hands out: image_orientation is "upright"
 
     @property
-    def revision(self) -> str: ...  # digest of the data behind it
+    def location(self) -> str: ...  # name of the file, folder or data set, without the machine's path
 
     @property
-    def episode_count(self) -> int: ...
+    def details(
+        self,
+    ) -> Mapping[str, str]: ...  # for data cards: format, image codec, orientation
 
-    def episodes(self) -> Iterator[Episode]: ...
+    @property
+    def revision(self) -> str: ...  # digest of the bytes behind it and of how they are read
+
+    @property
+    def episode_count(self) -> int: ...  # damaged ones included
+
+    def head(self, episode: int) -> EpisodeHead: ...  # raises SourceDamaged
+
+    def read(self, episode: int, start: int, stop: int) -> EpisodeRows: ...  # rows start..stop-1; raises SourceDamaged
 
 
 @runtime_checkable

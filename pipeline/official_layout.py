@@ -19,3 +19,12 @@ def simulator_camera_name(prefix: str) -> str:
 def instruction_of(task: str) -> str:
     """LIBERO's rule: the task's name with spaces; names of libero_10 and libero_90 lose ``KITCHEN_SCENE3_``."""
     return re.sub(r"^[A-Z_]*SCENE\d+_", "", task).replace("_", " ")
+
+
+SUFFIXES = (".hdf5", ".h5")  # of files in the official layout
+_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+
+def suite_named_in(text: str) -> str:
+    """The suite that a folder's or data set's name mentions; "unknown" if it mentions none."""
+    return next((suite for suite in _SUITES if re.search(rf"{suite}(?![0-9a-z])", text.lower())), "unknown")

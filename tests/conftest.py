@@ -3,12 +3,17 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from geomcache.configs.schema import PackConfig
+    from geomcache.pipeline.frames import EpisodeHead, EpisodeRows
+    from geomcache.pipeline.interfaces import FrameSource
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +36,7 @@ def nothing(*_: Any) -> None:
 def write_demo_file(path: Path, *, depth: bool = True, seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> Path:
     """An official-layout file by independent code: images are smooth and differ per step, actions follow the state."""
     rng = np.random.default_rng(seed)
+    path.parent.mkdir(exist_ok=True)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["problem_info"] = json.dumps({"language_instruction": "Pick the alphabet soup"})
@@ -63,12 +69,24 @@ def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_demo_file(tmp_path_factory.mktemp("demos") / f"{TASK}_demo.hdf5")
 
 
+def pack_config(*sources: Path, out: Path, **settings: Any) -> "PackConfig":
+    """Settings of ``pack build`` as its command line gives them."""
+    from geomcache.configs.schema import PackConfig
+
+    return PackConfig.model_validate({"sources": sources, "out": out, "rows_per_shard": 8, **settings})
+
+
+def whole(source: "FrameSource", episode: int) -> "tuple[EpisodeHead, EpisodeRows]":
+    """Head and every row of one episode."""
+    head = source.head(episode)
+    return head, source.read(episode, 0, len(head))
+
+
 def build_pack_at(source: Path, out: Path, rows_per_shard: int = 8) -> Path:
     """Pack ``source`` as the command does."""
-    from geomcache.configs.schema import PackConfig
     from geomcache.stages.cli.pack import build_from
 
-    build_from(PackConfig(sources=(source,), out=out, rows_per_shard=rows_per_shard), nothing)
+    build_from(pack_config(source, out=out, rows_per_shard=rows_per_shard), nothing)
     return out
 
 

@@ -72,7 +72,7 @@ def test_every_preset_loads(name: str) -> None:
 
 OPTIONS = {
     "demos": "--suite --task --episodes --out --seed --noise --config --set --json",
-    "pack build": "SOURCES --out --rows-per-shard --config --set --json",
+    "pack build": "SOURCES --out --workers --kind --on-error --drop-no-ops --rows-per-shard --config --set --json",
     "pack info": "PACK --verify --json",
     "extract": "--pack --encoder --out --codec --workers --config --set --json",
     "train": "--pack --cache --out --compressor --steps --seed --config --set --json",

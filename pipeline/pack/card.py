@@ -11,7 +11,9 @@ def data_card(info: PackInfo) -> str:
         for number, camera in enumerate(contract.cameras)
     )
     sources = "\n".join(
-        f"- `{source.location}` ({source.kind}, {source.revision[:16]})" for source in info.request.sources
+        f"- `{source.location}` ({source.kind}, {source.revision[:16]}): "
+        + ", ".join(f"{name} {value}" for name, value in source.details.items())
+        for source in info.request.sources
     )
     depth = (
         "Metric depth (float32 metres) and camera matrices (camera-to-robot-base, OpenCV axes) for every view."
@@ -33,8 +35,22 @@ of {info.request.rows_per_shard} rows. Digest `{info.digest}`.
 
 Sources:
 {sources}
-
+{_left_out(info)}
 Open it with plain `tar`, with `webdataset.WebDataset("shards/000000.tar")`, or with
 `geomcache.pipeline.pack.reader.PackReader`; `rows.arrow` and `episodes.arrow` are Arrow IPC files
 (`pyarrow.ipc.open_file`).
 """
+
+
+def _left_out(info: PackInfo) -> str:
+    """What the sources hold and the pack does not."""
+    lines = []
+    if info.request.no_ops is not None:
+        lines.append(
+            f"No-op filter: {info.no_op_rows} rows with a motion below {info.request.no_ops.threshold:g} and an "
+            "unchanged gripper are left out."
+        )
+    if info.left_out:
+        lines.append(f"{len(info.left_out)} episodes are left out:\n")
+        lines += [f"- {one.where}: {one.why}" for one in info.left_out]
+    return "\n".join(["", *lines, ""]) if lines else ""

@@ -6,6 +6,7 @@
 ``episodes.arrow``     one line per episode: suite, task, instruction, first row, rows, metadata
 ``pack.json``          contract, sources, digests; written last
 ``README.md``          the data card
+``.parts/``            while a pack is being built: each shard's part of rows.arrow
 """
 
 from typing import Any
@@ -13,6 +14,13 @@ from typing import Any
 import pyarrow as pa
 
 from geomcache.cache_schemas.contract import ACTION_DIM, STATE_DIM, Contract
+
+PARTS_FOLDER = ".parts"
+
+
+def part_name(shard: int) -> str:
+    """Path of a shard's part of the index inside an unfinished pack."""
+    return f"{PARTS_FOLDER}/{shard:06d}.arrow"
 
 
 def shard_name(shard: int) -> str:

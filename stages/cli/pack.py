@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,26 +19,48 @@ app = typer.Typer(
 
 @app.command("build")
 def build(
-    sources: Annotated[list[Path] | None, typer.Argument(help="HDF5 files or folders of them.")] = None,
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="LIBERO HDF5 files or folders, LeRobot data sets, or hub ids: owner/name[@revision]."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pack.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes side by side; the bytes are the same.")] = None,
+    kind: Annotated[str | None, typer.Option(help="libero_hdf5 | lerobot; default: told by what is there.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="stop | skip: what a damaged episode does.")] = None,
+    drop_no_ops: Annotated[
+        bool, typer.Option("--drop-no-ops", help="Leave out no-ops and failures, as no-noops data sets do.")
+    ] = False,
     rows_per_shard: Annotated[int | None, typer.Option(help="Rows in a tar shard and in a cache's shard.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn data sets into one pack: images true upright and lossless, actions and states in a columnar index."""
+    """Turn data sets into one pack: images true upright and lossless, actions and states in a columnar index.
+
+    Stopped builds go on where they were. Settings of a source: --set source.cameras='[agentview]'.
+    """
     from geomcache.configs.load import load_config
     from geomcache.configs.schema import PackConfig
     from geomcache.pipeline.files import write_config
 
-    options = {"sources": sources or None, "out": out, "rows_per_shard": rows_per_shard}
+    options: dict[str, Any] = {
+        "sources": sources or None,
+        "out": out,
+        "workers": workers,
+        "kind": kind,
+        "on_error": on_error,
+        "no_ops": {} if drop_no_ops else None,
+        "rows_per_shard": rows_per_shard,
+    }
     settings = load_config(PackConfig, config, sets or [], options)
-    with progress_bar("packing episodes") as progress:
+    with progress_bar("packing") as progress:
         info, stood = build_from(settings, progress)
     write_config(settings.out, settings)
     if stood:
         say("the pack stood already; nothing to do")
     show_values(_summary(settings.out, info), as_json)
+    for one in info.left_out:
+        say(f"left out: {one.where}: {one.why}")
 
 
 @app.command("info")
@@ -58,18 +80,18 @@ def info(
 
 
 def build_from(settings: "PackConfig", progress: Callable[..., None]) -> "tuple[PackInfo, bool]":
-    """Open the sources and build the pack; True when it stood already."""
-    from geomcache.pipeline import plugins
-    from geomcache.pipeline.config_errors import parse_config
-    from geomcache.pipeline.pack.writer import build_pack
+    """Build the pack; True when it stood already."""
+    from geomcache.pipeline.pack.build import build_pack
 
-    source_class = plugins.load("source", settings.kind)
-    source_config = plugins.config_class("source", settings.kind)
-    opened = []
-    for path in settings.sources:
-        source = source_class(parse_config(source_config, {**settings.source, "path": path}, f"source {settings.kind}"))
-        opened.append((settings.kind, source, source.location))
-    return build_pack(opened, settings.out, rows_per_shard=settings.rows_per_shard, progress=progress)
+    return build_pack(
+        settings.requests(),
+        settings.out,
+        rows_per_shard=settings.rows_per_shard,
+        no_ops=settings.no_ops,
+        skip_damaged=settings.on_error == "skip",
+        workers=settings.workers,
+        progress=progress,
+    )
 
 
 def _summary(path: Path, info: "PackInfo") -> dict[str, object]:
@@ -82,5 +104,7 @@ def _summary(path: Path, info: "PackInfo") -> dict[str, object]:
         "cameras": [f"{c.name} {c.height}x{c.width}" for c in info.contract.cameras],
         "depth": info.contract.has_depth,
         "image_orientation": info.contract.image_orientation,
+        "no_op_rows": info.no_op_rows,
+        "left_out": len(info.left_out),
         "digest": info.digest,
     }

@@ -52,6 +52,10 @@ class ShardWorker:
             seconds={"read": read - started, "encode": finished - read},
         )
 
+    def close(self) -> None:
+        """Let go of the pack and the encoder."""
+        self._parts = None
+
     def _ready(self) -> tuple[PackReader, GeometryEncoder, TokenCodec]:
         if self._parts is None:
             recipe, pack = self._manifest.recipe, PackReader(self._config.pack)

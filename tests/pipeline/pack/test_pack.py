@@ -6,19 +6,17 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
 from PIL import Image
 
-from geomcache.cache_schemas.errors import ContractMismatch, InputError, PackDamaged, SchemaTooNew, SourceDamaged
-from geomcache.configs.schema import PackConfig
+from geomcache.cache_schemas.errors import ContractMismatch, InputError, PackDamaged, SchemaTooNew
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.sources.libero_hdf5 import Config, Source
 from geomcache.stages.cli.pack import build_from
-from tests.conftest import LENGTHS, build_pack_at, extract_without_ray, nothing, write_demo_file
+from tests.conftest import LENGTHS, build_pack_at, extract_without_ray, nothing, pack_config, whole, write_demo_file
 
 ROWS = sum(LENGTHS) - len(LENGTHS)
 
@@ -27,7 +25,9 @@ def test_every_row_holds_its_episodes_frame_action_and_state(pack_path: Path, de
     with PackReader(pack_path) as pack:
         assert len(pack) == ROWS
         row = 0
-        for episode in Source(Config(path=demo_file)).episodes():
+        source = Source(Config(path=demo_file))
+        for number in range(source.episode_count):
+            head, episode = whole(source, number)
             rows = range(row, row + len(episode))
             frames = pack.frames(rows)
             for mine, theirs in zip(
@@ -41,9 +41,9 @@ def test_every_row_holds_its_episodes_frame_action_and_state(pack_path: Path, de
                 strict=True,
             ):
                 np.testing.assert_array_equal(mine, theirs)
-            np.testing.assert_array_equal(pack.actions_NA[rows], episode.actions_TA)
+            np.testing.assert_array_equal(pack.actions_NA[rows], head.actions_TA)
             np.testing.assert_array_equal(pack.states_NS[rows], episode.states_TS)
-            assert pack.instruction(row) == episode.instruction
+            assert pack.instruction(row) == head.instruction
             row += len(episode)
         assert pack.verify(nothing) == []
 
@@ -79,40 +79,23 @@ def test_tar_webdataset_and_arrow_read_it_without_us(pack_path: Path) -> None:
 def test_a_finished_pack_is_recognised_and_other_sources_are_refused(
     pack_path: Path, demo_file: Path, tmp_path: Path
 ) -> None:
-    settings = PackConfig(sources=(demo_file,), out=pack_path, rows_per_shard=8)
+    settings = pack_config(demo_file, out=pack_path)
     assert build_from(settings, nothing)[1]
     with pytest.raises(InputError, match=r"rows_per_shard: 8 != 16"):
         build_from(settings.model_copy(update={"rows_per_shard": 16}), nothing)
     other = write_demo_file(tmp_path / "other_demo.hdf5", seed=5)
     with pytest.raises(InputError, match="another --out"):
-        build_from(settings.model_copy(update={"sources": (other,)}), nothing)
-
-
-def test_a_stopped_build_leaves_no_pack_and_is_made_again(demo_file: Path, pack_path: Path, tmp_path: Path) -> None:
-    settings = PackConfig(sources=(demo_file,), out=tmp_path / "pack", rows_per_shard=8)
-
-    class Stopped(Exception):
-        pass
-
-    def stop(*_: object) -> None:
-        raise Stopped
-
-    with pytest.raises(Stopped):
-        build_from(settings, stop)
-    with pytest.raises(InputError, match="not a finished pack"):
-        PackReader(settings.out)
-    build_from(settings, nothing)
-    assert (settings.out / "pack.json").read_bytes() == (pack_path / "pack.json").read_bytes()
+        build_from(pack_config(other, out=pack_path), nothing)
 
 
 def test_two_sources_share_a_pack_only_under_one_contract(demo_file: Path, tmp_path: Path) -> None:
     other = write_demo_file(tmp_path / "other_demo.hdf5", seed=7, lengths=(4,))
-    both = PackConfig(sources=(demo_file, other), out=tmp_path / "both", rows_per_shard=8)
+    both = pack_config(demo_file, other, out=tmp_path / "both")
     info, _ = build_from(both, nothing)
     assert (info.rows, info.episodes) == (ROWS + 3, len(LENGTHS) + 1)
     flat = write_demo_file(tmp_path / "flat_demo.hdf5", depth=False)
     with pytest.raises(ContractMismatch, match="has_depth: True != False"):
-        build_from(both.model_copy(update={"sources": (demo_file, flat), "out": tmp_path / "mixed"}), nothing)
+        build_from(pack_config(demo_file, flat, out=tmp_path / "mixed"), nothing)
 
 
 def test_foreign_folders_and_damage_are_named(demo_file: Path, tmp_path: Path) -> None:
@@ -167,14 +150,3 @@ def test_a_damaged_shard_never_becomes_tokens(demo_file: Path, tmp_path: Path) -
     (pack / "shards/000001.tar").write_bytes(data)
     with pytest.raises(PackDamaged, match=r"000001\.tar"):
         extract_without_ray(pack, "oracle_pointmap", tmp_path / "cache")
-
-
-def test_a_refused_build_does_not_claim_the_folder(tmp_path: Path) -> None:
-    broken = write_demo_file(tmp_path / "task_demo.hdf5")
-    whole = broken.read_bytes()
-    with h5py.File(broken, "a") as file:
-        file["data/demo_2/actions"][1, 1] = np.nan
-    with pytest.raises(SourceDamaged):
-        build_pack_at(broken, tmp_path / "pack")
-    broken.write_bytes(whole)
-    assert len(PackReader(build_pack_at(broken, tmp_path / "pack"))) == ROWS

@@ -9,24 +9,48 @@ import pytest
 from geomcache.cache_schemas.errors import InputError, SourceDamaged
 from geomcache.pipeline.official_layout import instruction_of
 from geomcache.pipeline.sources.libero_hdf5 import Config, Source
-from tests.conftest import LENGTHS, SIDE, TASK, write_demo_file
+from tests.conftest import LENGTHS, SIDE, TASK, whole, write_demo_file
 
 
 def test_row_t_pairs_the_observation_before_an_action_with_that_action(demo_file: Path) -> None:
-    episodes = list(Source(Config(path=demo_file)).episodes())
+    head, rows = whole(Source(Config(path=demo_file)), 1)
     with h5py.File(demo_file) as file:
         demo = file["data/demo_1"]
-        assert len(episodes[1]) == len(demo["actions"]) - 1
+        assert len(head) == len(rows) == len(demo["actions"]) - 1
         # obs[j] was recorded after action j, so it is what action j+1 answers to
-        np.testing.assert_array_equal(episodes[1].actions_TA, demo["actions"][1:].astype(np.float32))
-        np.testing.assert_array_equal(episodes[1].states_TS[:, :6], demo["obs/ee_states"][:-1].astype(np.float32))
+        np.testing.assert_array_equal(head.actions_TA, demo["actions"][1:].astype(np.float32))
+        np.testing.assert_array_equal(rows.states_TS[:, :6], demo["obs/ee_states"][:-1].astype(np.float32))
         # and the stored picture is bottom-up
-        np.testing.assert_array_equal(episodes[1].frames.images_BVHWC[3, 0], demo["obs/agentview_rgb"][3][::-1])
-        np.testing.assert_array_equal(episodes[1].frames.images_BVHWC[3, 1], demo["obs/eye_in_hand_rgb"][3][::-1])
+        np.testing.assert_array_equal(rows.frames.images_BVHWC[3, 0], demo["obs/agentview_rgb"][3][::-1])
+        np.testing.assert_array_equal(rows.frames.images_BVHWC[3, 1], demo["obs/eye_in_hand_rgb"][3][::-1])
+
+
+def test_the_no_noops_regeneration_has_its_observation_before_the_action(tmp_path: Path) -> None:
+    """Its files lack the attributes of ``data``; one row more, and row t is (obs[t], actions[t])."""
+    path = write_demo_file(tmp_path / "libero_goal_no_noops" / f"{TASK}_demo.hdf5", depth=False)
+    with h5py.File(path, "a") as file:
+        for name in list(file["data"].attrs):
+            del file["data"].attrs[name]
+        actions, images = file["data/demo_0/actions"][:], file["data/demo_0/obs/agentview_rgb"][:]
+    source = Source(Config(path=path))
+    head, rows = whole(source, 0)
+    np.testing.assert_array_equal(head.actions_TA, actions.astype(np.float32))
+    np.testing.assert_array_equal(rows.frames.images_BVHWC[:, 0], images[:, ::-1])
+    assert (source.details["observation"], head.suite) == ("before_action", "libero_goal")
+    assert len(Source(Config(path=path, observation="after_action")).head(0)) == len(head) - 1
+
+
+def test_a_slice_is_that_part_of_the_whole(demo_file: Path) -> None:
+    source = Source(Config(path=demo_file))
+    _, rows = whole(source, 1)
+    part = source.read(1, 3, 7)
+    np.testing.assert_array_equal(part.states_TS, rows.states_TS[3:7])
+    for mine, theirs in zip(vars(part.frames).values(), vars(rows.frames).values(), strict=True):
+        np.testing.assert_array_equal(mine, theirs[3:7])
 
 
 def test_depth_is_metric_and_upright_and_matrices_lead_to_the_robot_base(demo_file: Path) -> None:
-    frames = next(Source(Config(path=demo_file)).episodes()).frames
+    frames = whole(Source(Config(path=demo_file)), 0)[1].frames
     assert frames.depth_BVHW is not None
     assert frames.extrinsics_BV44 is not None
     with h5py.File(demo_file) as file:
@@ -39,22 +63,39 @@ def test_depth_is_metric_and_upright_and_matrices_lead_to_the_robot_base(demo_fi
 
 def test_demonstrations_are_ordered_by_number_and_the_instruction_is_the_tasks_name(tmp_path: Path) -> None:
     source = Source(Config(path=write_demo_file(tmp_path / f"{TASK}_demo.hdf5", lengths=(3,) * 11)))
-    episodes = list(source.episodes())
-    assert [episode.episode for episode in episodes] == list(range(11))
-    assert episodes[0].instruction == "pick up the alphabet soup and place it in the basket"
-    assert (episodes[0].suite, episodes[0].task) == ("libero_object", TASK)
+    heads = [source.head(episode) for episode in range(source.episode_count)]
+    assert [head.number for head in heads] == list(range(11))
+    assert heads[10].where == f"{TASK}_demo.hdf5: data/demo_10"
+    assert heads[0].instruction == "pick up the alphabet soup and place it in the basket"
+    assert (heads[0].suite, heads[0].task) == ("libero_object", TASK)
     assert instruction_of("LIVING_ROOM_SCENE10_put_the_mug_on_the_plate") == "put the mug on the plate"
 
 
-def test_a_file_without_depth_says_so(tmp_path: Path) -> None:
-    source = Source(Config(path=write_demo_file(tmp_path / "task_demo.hdf5", depth=False)))
+def test_depth_is_declared_and_can_be_left_out_but_not_wished_for(tmp_path: Path, demo_file: Path) -> None:
+    path = write_demo_file(tmp_path / "task_demo.hdf5", depth=False)
+    source = Source(Config(path=path))
     assert not source.contract.has_depth
-    assert next(source.episodes()).frames.depth_BVHW is None
+    assert whole(source, 0)[1].frames.depth_BVHW is None
     assert [(c.name, c.height) for c in source.contract.cameras] == [
         ("agentview", SIDE),
         ("robot0_eye_in_hand", SIDE),
     ]
     assert source.episode_count == len(LENGTHS)
+    with pytest.raises(SourceDamaged, match=r"has no depth(.|\n)*demos --replay"):
+        Source(Config(path=path, depth=True))
+    flat = Source(Config(path=demo_file, depth=False))
+    assert (flat.contract, whole(flat, 0)[1].frames.extrinsics_BV44) == (source.contract, None)
+
+
+@pytest.mark.parametrize("orientation", ["rot180", "rot90_left"])
+def test_images_are_turned_from_the_declared_orientation(tmp_path: Path, orientation: str) -> None:
+    path = write_demo_file(tmp_path / "task_demo.hdf5", depth=False)
+    with h5py.File(path, "a") as file:
+        images = file["data/demo_0/obs/agentview_rgb"]
+        upright = images[:]
+        images[:] = upright[:, :, ::-1] if orientation == "rot180" else np.rot90(upright, 1, axes=(1, 2))
+    source = Source(Config.model_validate({"path": path, "image_orientation": orientation}))
+    np.testing.assert_array_equal(whole(source, 0)[1].frames.images_BVHWC[:, 0], upright[:-1])
 
 
 def test_the_revision_follows_the_bytes(tmp_path: Path, demo_file: Path) -> None:
@@ -78,6 +119,18 @@ def _edit(path: Path, change: str) -> None:
         elif change == "size":
             del obs["agentview_rgb"]
             obs["agentview_rgb"] = np.zeros((LENGTHS[1], 7, 7, 3), np.uint8)
+        elif change == "range":
+            file["data/demo_1/actions"][4, 6] = 1.5
+        elif change == "gone":
+            file["data"].attrs["num_demos"] = 4
+        elif change == "kind":
+            file["data/demo_1/actions"].attrs["x"] = 1
+            del file["data/demo_1/actions"]
+            file["data/demo_1/actions"] = np.array([b"a"] * 12)
+        elif change == "base":
+            file["data/demo_1"].attrs["robot_base_pose"] = np.zeros(16)
+        elif change == "near":
+            file["data/demo_1"].attrs["depth_near"] = 50.0
         elif change == "actions":
             del file["data/demo_1/actions"]
         elif change == "width":
@@ -96,27 +149,47 @@ def _edit(path: Path, change: str) -> None:
         ("camera", "eye_in_hand_rgb is missing"),
         ("short", "obs/ee_states has 3 steps but there are 12 actions"),
         ("nan", "actions hold NaN"),
+        ("range", "actions[4, 6] is 1.5, expected -1 to 1"),
+        ("kind", "actions are |S1 (12,), expected numbers"),
+        ("gone", "4 demonstrations, as the attribute num_demos says"),
+        ("base", "robot_base_pose is no rigid transform"),
+        ("near", "depth_near 50, depth_far 50"),
         ("size", "obs/agentview_rgb is uint8 (7, 7, 3) a step, expected (28, 28, 3)"),
         ("width", "obs/ee_states is float64 (7,) a step, expected (6,)"),
         ("matrix", "obs/agentview_extrinsics hold NaN"),
-        ("flat", "expected (T, H, W, 3)"),
+        ("flat", "obs/agentview_rgb has 5 steps but there are 9 actions"),
         ("actions", "/data/demo_1/actions is missing"),
     ],
 )
 def test_damage_is_named_by_file_episode_and_field(tmp_path: Path, change: str, named: str) -> None:
     path = write_demo_file(tmp_path / "task_demo.hdf5")
     _edit(path, change)
+    source = Source(Config(path=path))
     with pytest.raises(SourceDamaged) as caught:
-        list(Source(Config(path=path)).episodes())
+        [whole(source, episode) for episode in range(source.episode_count)]
     assert named in str(caught.value)
     assert str(path) in str(caught.value)
 
 
-def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+def test_only_the_damaged_demonstration_is_refused(tmp_path: Path) -> None:
     path = write_demo_file(tmp_path / "task_demo.hdf5")
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(SourceDamaged, match=r"task_demo\.hdf5 cannot be opened"):
+    _edit(path, "camera")  # of the first one, so the conventions come from the second
+    source = Source(Config(path=path))
+    with pytest.raises(SourceDamaged, match="eye_in_hand_rgb is missing"):
+        source.head(0)
+    assert [len(whole(source, episode)[1]) for episode in (1, 2)] == [LENGTHS[1] - 1, LENGTHS[2] - 1]
+
+
+def test_a_truncated_file_is_named_and_the_others_can_be_read(tmp_path: Path) -> None:
+    write_demo_file(tmp_path / "a_demo.hdf5")
+    path = tmp_path / "b_demo.hdf5"
+    path.write_bytes((tmp_path / "a_demo.hdf5").read_bytes()[:5000])
+    with pytest.raises(SourceDamaged, match=r"b_demo\.hdf5 cannot be opened"):
         Source(Config(path=path))
+    source = Source(Config(path=tmp_path))
+    assert len(whole(source, 0)[1]) == LENGTHS[0] - 1
+    with pytest.raises(SourceDamaged, match=r"b_demo\.hdf5 cannot be opened"):
+        source.head(source.episode_count - 1)
 
 
 @pytest.mark.parametrize("make", ["missing", "empty folder", "no demonstrations"])

@@ -1,0 +1,180 @@
+"""Building packs: any number of workers, stopped builds, damaged and repeated episodes, the no-op filter."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from geomcache.cache_schemas.errors import InputError, SourceDamaged
+from geomcache.pipeline.no_ops import rows_kept
+from geomcache.pipeline.pack.reader import PackReader
+from geomcache.stages.cli.pack import build_from
+from tests.conftest import LENGTHS, TASK, build_pack_at, nothing, pack_config, write_demo_file
+
+ROWS = sum(LENGTHS) - len(LENGTHS)
+
+
+def files_of(pack: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(pack)): path.read_bytes() for path in pack.rglob("*") if path.is_file()}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(rows: int) -> Any:
+    def progress(done: int, _total: int, what: str) -> None:
+        if what == "rows" and done >= rows:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.slow
+def test_two_workers_on_ray_write_the_same_bytes(pack_path: Path, demo_file: Path, tmp_path: Path) -> None:
+    seen = []
+    build_from(pack_config(demo_file, out=tmp_path / "pack", workers=2), lambda *report: seen.append(report))
+    assert files_of(tmp_path / "pack") == files_of(pack_path)
+    assert seen[-1] == (ROWS, ROWS, "rows")
+
+
+def test_a_stopped_build_is_no_pack_and_keeps_its_shards(demo_file: Path, pack_path: Path, tmp_path: Path) -> None:
+    settings = pack_config(demo_file, out=tmp_path / "pack")
+    with pytest.raises(Stopped):
+        build_from(settings, stop_at(16))
+    with pytest.raises(InputError, match="not a finished pack"):
+        PackReader(settings.out)
+    shards = sorted((settings.out / "shards").iterdir())
+    assert len(shards) == 2
+    written = [path.stat().st_mtime_ns for path in shards]
+    reports: list[tuple[int, int, str]] = []
+    build_from(settings, lambda *report: reports.append(report))
+    assert next(report for report in reports if report[2] == "rows") == (16, ROWS, "rows")
+    assert [path.stat().st_mtime_ns for path in shards] == written
+    assert files_of(settings.out) == files_of(pack_path)
+
+
+@pytest.mark.parametrize("damage", ["torn tar", "lost part", "torn part"])
+def test_what_a_crash_tore_is_made_again(demo_file: Path, pack_path: Path, tmp_path: Path, damage: str) -> None:
+    settings = pack_config(demo_file, out=tmp_path / "pack")
+    with pytest.raises(Stopped):
+        build_from(settings, stop_at(16))
+    tar, part = settings.out / "shards/000001.tar", settings.out / ".parts/000001.arrow"
+    if damage == "lost part":
+        part.unlink()
+    else:
+        torn = tar if damage == "torn tar" else part
+        torn.write_bytes(torn.read_bytes()[:700])
+    build_from(settings, nothing)
+    assert files_of(settings.out) == files_of(pack_path)
+
+
+def test_an_unfinished_pack_can_be_built_with_other_settings(demo_file: Path, tmp_path: Path) -> None:
+    """Shards of the other plan are not taken for this one's, and those beyond its end are removed."""
+    with pytest.raises(Stopped):
+        build_from(pack_config(demo_file, out=tmp_path / "pack", rows_per_shard=4), stop_at(20))
+    build_from(pack_config(demo_file, out=tmp_path / "pack", rows_per_shard=10), nothing)
+    build_from(pack_config(demo_file, out=tmp_path / "fresh", rows_per_shard=10), nothing)
+    assert files_of(tmp_path / "pack") == files_of(tmp_path / "fresh")
+
+
+def _damage(path: Path, kind: str) -> None:
+    if kind == "action":
+        with h5py.File(path, "a") as file:
+            file["data/demo_1/actions"][1, 1] = np.nan
+        return
+    with h5py.File(path, "a") as file:  # a compressed picture whose bytes are cut: only seen when it is decoded
+        obs = file["data/demo_1/obs"]
+        images = obs["agentview_rgb"][:]
+        del obs["agentview_rgb"]
+        stored = obs.create_dataset("agentview_rgb", data=images, chunks=(1, *images.shape[1:]), compression="gzip")
+        stored.id.write_direct_chunk((4, 0, 0, 0), b"these bytes are no gzip stream")
+
+
+@pytest.mark.parametrize("kind", ["action", "picture"])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_damaged_episode_stops_the_build_or_is_left_out_by_name(tmp_path: Path, kind: str, workers: int) -> None:
+    path = write_demo_file(tmp_path / "task_demo.hdf5")
+    _damage(path, kind)
+    with pytest.raises(SourceDamaged, match="data/demo_1 cannot be used"):
+        build_pack_at(path, tmp_path / "pack")
+    settings = pack_config(path, out=tmp_path / "pack", on_error="skip", workers=workers)
+    info, _ = build_from(settings, nothing)
+    assert (info.rows, info.episodes) == (ROWS - LENGTHS[1] + 1, 2)
+    (left_out,) = info.left_out
+    assert (left_out.source, left_out.episode) == (0, 1)
+    assert left_out.where == "task_demo.hdf5: data/demo_1 cannot be used" or kind == "picture"
+    assert left_out.where.startswith("task_demo.hdf5: data/demo_1")
+    assert ("NaN" if kind == "action" else "filter") in left_out.why
+    assert "data/demo_1" in (settings.out / "README.md").read_text()
+    assert str(tmp_path) not in (settings.out / "pack.json").read_text()
+    with PackReader(settings.out) as pack, h5py.File(path) as file:
+        demo = file["data/demo_2"]
+        np.testing.assert_array_equal(pack.actions_NA[LENGTHS[0] - 1 :], demo["actions"][1:].astype(np.float32))
+        np.testing.assert_array_equal(pack.images([info.rows - 1])[0, 0], demo["obs/agentview_rgb"][-2][::-1])
+        assert pack.verify(nothing) == []
+
+
+def test_a_demonstration_that_is_there_twice_is_refused(demo_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "copies").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "copies" / name).mkdir()
+        (tmp_path / "copies" / name / demo_file.name).write_bytes(demo_file.read_bytes())
+    with pytest.raises(SourceDamaged, match="the same demonstration is there twice"):
+        build_pack_at(tmp_path / "copies", tmp_path / "pack")
+    info, _ = build_from(pack_config(tmp_path / "copies", out=tmp_path / "pack", on_error="skip"), nothing)
+    assert (info.rows, len(info.left_out)) == (ROWS, len(LENGTHS))
+
+
+def test_a_refused_build_does_not_claim_the_folder(tmp_path: Path) -> None:
+    broken = write_demo_file(tmp_path / "task_demo.hdf5")
+    whole = broken.read_bytes()
+    _damage(broken, "action")
+    with pytest.raises(SourceDamaged):
+        build_pack_at(broken, tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
+    broken.write_bytes(whole)
+    assert len(PackReader(build_pack_at(broken, tmp_path / "pack"))) == ROWS
+
+
+def test_the_no_op_rule_is_the_communitys() -> None:
+    """Hand-computed: row 0 stays still with a fresh gripper, 2 repeats row 1's, 3 only closes, 5 only repeats."""
+    actions = np.zeros((6, 7), np.float32)
+    actions[:, 6] = [-1, -1, -1, 1, 1, 1]
+    actions[1, 0], actions[4, 5], actions[2, 1] = 0.5, 2e-4, 5e-5
+    assert rows_kept(actions, 1e-4).tolist() == [1, 3, 4]
+    assert rows_kept(actions, 1e-3).tolist() == [1, 3]
+    assert rows_kept(actions[:1], 1e-4).tolist() == []
+    # a gripper change against the last KEPT action, not against the row before
+    actions[:, 6] = [-1, -1, -1, 1, 1, -1]
+    actions[4, 5] = 0.0
+    assert rows_kept(actions, 1e-4).tolist() == [1, 3, 5]
+
+
+def test_no_ops_and_failures_are_left_out_and_named(tmp_path: Path) -> None:
+    path = write_demo_file(tmp_path / f"{TASK}_demo.hdf5")
+    with h5py.File(path, "a") as file:
+        for number, length in enumerate(LENGTHS):
+            file[f"data/demo_{number}/dones"] = np.eye(length, dtype=np.uint8)[-1] * (number != 2)
+        actions = file["data/demo_1/actions"]
+        actions[4:6, :6], actions[3:6, 6] = 0.0, 0.25
+        kept = [row for row in range(LENGTHS[1] - 1) if row not in (3, 4)]
+        images, states = file["data/demo_1/obs/agentview_rgb"][:], file["data/demo_1/obs/ee_states"][:]
+    info, _ = build_from(pack_config(path, out=tmp_path / "pack", no_ops={}), nothing)
+    assert (info.rows, info.episodes, info.no_op_rows) == (LENGTHS[0] - 1 + len(kept), 2, 2)
+    assert [(one.where, one.why) for one in info.left_out] == [(f"{path.name}: data/demo_2", "it failed")]
+    with PackReader(tmp_path / "pack") as pack:
+        rows = range(LENGTHS[0] - 1, info.rows)
+        np.testing.assert_array_equal(pack.images(rows)[:, 0], images[kept][:, ::-1])
+        np.testing.assert_array_equal(pack.states_NS[rows.start :, :6], states[kept].astype(np.float32))
+    plain, _ = build_from(pack_config(path, out=tmp_path / "plain"), nothing)
+    assert plain.digest != info.digest
+    every, _ = build_from(pack_config(path, out=tmp_path / "every", no_ops={"success_only": False}), nothing)
+    assert every.rows == ROWS - 2
+
+
+def test_success_that_nobody_recorded_is_not_guessed(demo_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"success_only=false"):
+        build_from(pack_config(demo_file, out=tmp_path / "pack", no_ops={}), nothing)
