@@ -53,6 +53,7 @@ class Config(Schema):
     width: int = Field(default=128, ge=16)  # pixels
     cameras: tuple[str, ...] = Field(default=("agentview", "robot0_eye_in_hand"), min_length=1)
     max_attempts: int | None = Field(default=None, ge=1)  # tries per task; None = twice the episodes
+    workers: int = Field(default=1, ge=1)  # simulators side by side; the files are the same bytes
 
     @field_validator("tasks")
     @classmethod
@@ -63,7 +64,7 @@ class Config(Schema):
 
     def digest(self, task: TaskInfo) -> str:
         """Of everything that decides what attempt k at a task gives (not of how many are wanted)."""
-        content = self.model_dump(mode="json", exclude={"tasks", "episodes", "max_attempts"})
+        content = self.model_dump(mode="json", exclude={"tasks", "episodes", "max_attempts", "workers"})
         return digest_json(content | {"task": task.name, "recorder_version": RECORDER_VERSION})
 
 
@@ -216,6 +217,18 @@ class DemoFile:
             self._temporary.unlink(missing_ok=True)
 
 
+def write_part(path: Path, config: Config, task: TaskInfo, demo: Demo) -> None:
+    """Keep one demonstration of the task whose finished file will be ``path``; any process may do it."""
+    part = _part_path(path, demo.attributes["attempt"])
+    part.parent.mkdir(exist_ok=True)
+    with DemoFile(part, config, task, in_memory=True) as file:
+        file.add(demo)
+
+
+def _part_path(path: Path, attempt: int) -> Path:
+    return path.with_name(f".{path.name}.parts") / f"attempt_{attempt:06d}.hdf5"
+
+
 class DemoCollection:
     """The demonstrations of one task, each safe on disk as soon as it is recorded.
 
@@ -225,7 +238,7 @@ class DemoCollection:
 
     def __init__(self, path: Path, config: Config, task: TaskInfo) -> None:
         self._path, self._config, self._task = path, config, task
-        self._parts = path.with_name(f".{path.name}.parts")
+        self._parts = _part_path(path, 0).parent
         remove_leftovers(path.parent)
         self._found: dict[int, tuple[Path, str]] = {}
         for source in [*self._parts.glob("attempt_*.hdf5"), path]:
@@ -236,13 +249,9 @@ class DemoCollection:
     def __contains__(self, attempt: int) -> bool:
         return attempt in self._found
 
-    def add(self, attempt: int, demo: Demo) -> None:
-        """Keep one demonstration."""
-        self._parts.mkdir(exist_ok=True)
-        part = self._parts / f"attempt_{attempt:06d}.hdf5"
-        with DemoFile(part, self._config, self._task, in_memory=True) as file:
-            file.add(demo)
-        self._found[attempt] = part, "demo_0"
+    def include(self, attempt: int) -> None:
+        """Count in a demonstration that ``write_part`` has written."""
+        self._found[attempt] = _part_path(self._path, attempt), "demo_0"
 
     def finish(self) -> int:
         """Write the task's file from all demonstrations, in order of their attempts; returns its steps."""
@@ -294,7 +303,7 @@ def _file_attributes(config: Config, task: TaskInfo) -> dict[str, Any]:
         "total": 0,
         "instruction": task.instruction,
         "recorded_by": RECORDED_BY,
-        "recorder_config": config.model_dump_json(),
+        "recorder_config": config.model_dump_json(exclude={"workers"}),
         "recorder_digest": config.digest(task),
         "cap_index": CAP_INDEX,
         "camera_names": json.dumps([file_camera_name(name) for name in config.cameras]),

@@ -26,22 +26,24 @@ Non-obvious:
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import InputError
+from geomcache.pipeline.ray_workers import Pool, run_tasks
 from geomcache.pipeline.sim import demo_file, suites
 from geomcache.pipeline.sim.demo_file import Config, Demo
 from geomcache.pipeline.sim.expert import ScriptedExpert
 from geomcache.pipeline.sim.libero_env import SETTLE_ACTION, LiberoEnv
 from geomcache.pipeline.sim.system import require_simulator
 
-__all__ = ["Config", "EpisodeReport", "RecordSummary", "record"]
+__all__ = ["Config", "EpisodeReport", "Plan", "RecordSummary", "plan_episode", "record"]
 
 log = logging.getLogger(__name__)
+_ADVICE = "give it more memory: fewer --workers; finished demonstrations are kept"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class EpisodeReport:
     seed: int
     init_state_index: int
     succeeded: bool
-    demos: int  # written so far for this task
+    demos: int  # of this task so far; counted by the process that gathers the reports
     wanted: int
     steps: int
     plan_seconds: float
@@ -76,7 +78,7 @@ class RecordSummary:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A solved episode: what was done and every state it went through."""
 
     labels_TA: NDArray[np.float64]  # [T, 7] clean actions; row 0 is the last settling no-op
@@ -89,7 +91,7 @@ def record(config: Config, out: Path, progress: Callable[[EpisodeReport], None] 
     """Record demonstrations of every task in ``config`` under the folder ``out``.
 
     A task whose finished file was made from the same configuration is skipped; a file that holds something else
-    is an ``InputError`` before anything is recorded.
+    is an ``InputError`` before anything is recorded. The files do not depend on the number of workers.
     """
     started = time.perf_counter()
     require_simulator()
@@ -97,30 +99,28 @@ def record(config: Config, out: Path, progress: Callable[[EpisodeReport], None] 
     files = {task: out / f"{task.name}_demo.hdf5" for task in tasks}
     skipped = [task for task in tasks if _is_recorded(files[task], config, task)]
     out.mkdir(parents=True, exist_ok=True)
-    attempted = succeeded = frames = 0
-    written: list[Path] = []
-    short: list[str] = []
-    for task in tasks:
-        if task in skipped:
-            log.info("%s is already recorded, skipped", files[task].name)
-            written.append(files[task])
-            continue
-        tried, solved, done, steps = _record_task(config, task, files[task], progress)
-        attempted, succeeded, frames = attempted + tried, succeeded + solved, frames + steps
-        if done:
-            written.append(files[task])
-        if done < config.episodes:
-            log.warning("%s: %d of %d demonstrations after %d attempts", task.name, done, config.episodes, tried)
-            short.append(task.name)
+    open_tasks = {task.index: _OpenTask(config, task, files[task]) for task in tasks if task not in skipped}
+    attempts = [attempt for each in open_tasks.values() for attempt in each.next_attempts()]
+    for each in open_tasks.values():
+        each.finish_if_over()
+    pool = Pool(
+        count=min(config.workers, max(1, len(attempts))), what="a recording worker", advice=_ADVICE, tasks_each=1
+    )
+    for _, report in run_tasks(AttemptWorker, (config, out), attempts, pool):
+        task = open_tasks[report.task_index]
+        attempts[:0] = task.take(report)  # in front, while the simulator of this task is up
+        if progress is not None:
+            progress(replace(report, demos=task.demos))
+        task.finish_if_over()
     return RecordSummary(
-        attempted=attempted,
-        succeeded=succeeded,
-        failed=attempted - succeeded,
-        frames=frames,
+        attempted=sum(task.tried for task in open_tasks.values()),
+        succeeded=sum(task.succeeded for task in open_tasks.values()),
+        failed=sum(task.tried - task.succeeded for task in open_tasks.values()),
+        frames=sum(task.steps for task in open_tasks.values()),
         seconds=time.perf_counter() - started,
-        files=tuple(written),
+        files=tuple(files[task] for task in tasks if task in skipped or open_tasks[task.index].demos),
         skipped=tuple(files[task] for task in skipped),
-        short_tasks=tuple(short),
+        short_tasks=tuple(task.name for task in open_tasks.values() if task.demos < config.episodes),
     )
 
 
@@ -144,54 +144,119 @@ def _is_recorded(path: Path, config: Config, task: suites.TaskInfo) -> bool:
     )
 
 
-def _record_task(
-    config: Config, task: suites.TaskInfo, path: Path, progress: Callable[[EpisodeReport], None] | None
-) -> tuple[int, int, int, int]:
-    """Return (attempts made now, successes among them, demonstrations in the file, steps in the file)."""
-    most = config.max_attempts if config.max_attempts is not None else 2 * config.episodes
-    collection = demo_file.DemoCollection(path, config, task)
-    attempt = demos = tried = succeeded = 0
-    with LiberoEnv(
-        config.suite, task.index, cameras=config.cameras, height=config.height, width=config.width, depth=True
-    ) as env:
-        while demos < config.episodes and attempt < most:
-            if attempt in collection:
-                demos, attempt = demos + 1, attempt + 1
-                continue
-            seed = config.seed + attempt
-            init = (config.first_init_state + attempt) % task.n_init_states
-            clock = time.perf_counter()
-            plan = _plan(env, seed, init, config.noise)
-            planned = time.perf_counter()
-            tried += 1
-            if plan is not None:
-                collection.add(attempt, _replay(env, plan, attempt, seed, init, config))
-                demos, succeeded = demos + 1, succeeded + 1
-            if progress is not None:
-                progress(
-                    EpisodeReport(
-                        task_index=task.index,
-                        task=task.name,
-                        attempt=attempt,
-                        seed=seed,
-                        init_state_index=init,
-                        succeeded=plan is not None,
-                        demos=demos,
-                        wanted=config.episodes,
-                        steps=0 if plan is None else len(plan.labels_TA),
-                        plan_seconds=planned - clock,
-                        render_seconds=time.perf_counter() - planned,
-                    )
-                )
-            attempt += 1
-    return tried, succeeded, demos, collection.finish()
+@dataclass(frozen=True)
+class Attempt:
+    """One try of the expert; its number decides seed, initial state and noise."""
+
+    task_index: int
+    number: int
+
+
+class _OpenTask:
+    """The bookkeeping of one task: attempts are numbered, and the first successes in that order are kept.
+
+    As many attempts are under way as demonstrations are missing, never more, so that any number of workers makes the
+    same attempts as one.
+    """
+
+    def __init__(self, config: Config, task: suites.TaskInfo, path: Path) -> None:
+        self._config, self.name, self._index = config, task.name, task.index
+        self._collection = demo_file.DemoCollection(path, config, task)
+        self._most = config.max_attempts if config.max_attempts is not None else 2 * config.episodes
+        self._next = self._running = 0
+        self._is_over = False
+        self.demos = self.tried = self.succeeded = self.steps = 0
+
+    def next_attempts(self) -> list[Attempt]:
+        """What must be tried now; demonstrations of an earlier run are counted."""
+        attempts = []
+        while self.demos + self._running < self._config.episodes and self._next < self._most:
+            if self._next in self._collection:
+                self.demos += 1
+            else:
+                attempts.append(Attempt(self._index, self._next))
+                self._running += 1
+            self._next += 1
+        return attempts
+
+    def take(self, report: EpisodeReport) -> list[Attempt]:
+        """Count one finished attempt; returns those that must follow."""
+        self._running -= 1
+        self.tried += 1
+        if report.succeeded:
+            self._collection.include(report.attempt)
+            self.succeeded += 1
+            self.demos += 1
+        return self.next_attempts()
+
+    def finish_if_over(self) -> None:
+        """Join the demonstrations under the task's name when nothing more will come."""
+        if self._running or self._is_over:
+            return
+        self._is_over = True
+        self.steps = self._collection.finish()
+        if self.demos < self._config.episodes:
+            log.warning("%s: %d of %d demonstrations", self.name, self.demos, self._config.episodes)
+
+
+class AttemptWorker:
+    """Tries, and records what succeeds; holds the simulator of one task at a time."""
+
+    def __init__(self, config: Config, out: Path) -> None:
+        self._config, self._out = config, out
+        self._env: LiberoEnv | None = None
+
+    def start(self) -> None:
+        """Say at once when there is no simulator."""
+        require_simulator()
+
+    def run(self, attempt: Attempt) -> EpisodeReport:
+        """One attempt; a success is safe on disk when this returns."""
+        config, env = self._config, self._simulator(attempt.task_index)
+        task = env.task
+        seed = config.seed + attempt.number
+        init = (config.first_init_state + attempt.number) % task.n_init_states
+        started = time.perf_counter()
+        plan = plan_episode(env, seed, init, config.noise)
+        planned = time.perf_counter()
+        if plan is not None:
+            demo = _replay(env, plan, attempt.number, seed, init, config)
+            demo_file.write_part(self._out / f"{task.name}_demo.hdf5", config, task, demo)
+        return EpisodeReport(
+            task_index=task.index,
+            task=task.name,
+            attempt=attempt.number,
+            seed=seed,
+            init_state_index=init,
+            succeeded=plan is not None,
+            demos=0,
+            wanted=config.episodes,
+            steps=0 if plan is None else len(plan.labels_TA),
+            plan_seconds=planned - started,
+            render_seconds=time.perf_counter() - planned,
+        )
+
+    def close(self) -> None:
+        """Free the simulator."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def _simulator(self, task_index: int) -> LiberoEnv:
+        if self._env is None or self._env.task.index != task_index:
+            self.close()
+            config = self._config
+            self._env = LiberoEnv(
+                config.suite, task_index, cameras=config.cameras, height=config.height, width=config.width, depth=True
+            )
+        return self._env
 
 
 def _start(env: LiberoEnv, seed: int, init: int, settle_steps: int) -> None:
     env.reset(seed, init, settle_steps=settle_steps - 1)  # the last settling step is recorded
 
 
-def _plan(env: LiberoEnv, seed: int, init: int, noise: float) -> _Plan | None:
+def plan_episode(env: LiberoEnv, seed: int, init: int, noise: float) -> Plan | None:
     """Run the expert without rendering; None when it failed within the suite's horizon."""
     generator = np.random.default_rng(seed)
     _start(env, seed, init, demo_file.SETTLE_STEPS)
@@ -209,11 +274,14 @@ def _plan(env: LiberoEnv, seed: int, init: int, noise: float) -> _Plan | None:
         states.append(env.flat_state())
         success = env.step(action)
         if success and label[-1] < 0.0:
-            return _Plan(np.stack(labels), np.stack(executed), np.stack(states), env.flat_state())
+            return Plan(np.stack(labels), np.stack(executed), np.stack(states), env.flat_state())
     return None
 
 
-def _replay(env: LiberoEnv, plan: _Plan, attempt: int, seed: int, init: int, config: Config) -> Demo:
+_plan = plan_episode  # for the helper's table; removed when it is in
+
+
+def _replay(env: LiberoEnv, plan: Plan, attempt: int, seed: int, init: int, config: Config) -> Demo:
     """Execute the plan again, rendering after every step, and prove that it is the same episode."""
     _start(env, seed, init, demo_file.SETTLE_STEPS)
     demo = Demo(

@@ -30,6 +30,7 @@ def demos(
     noise: Annotated[
         float | None, typer.Option(help="Standard deviation added to the executed motion; labels stay clean.")
     ] = None,
+    workers: Annotated[int | None, typer.Option(help="Simulators side by side; the files are the same.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -42,7 +43,14 @@ def demos(
     from geomcache.pipeline.files import require_config_slot, write_config
     from geomcache.pipeline.sim.recorder import Config, record
 
-    options = {"suite": suite, "tasks": tasks or None, "episodes": episodes, "seed": seed, "noise": noise}
+    options = {
+        "suite": suite,
+        "tasks": tasks or None,
+        "episodes": episodes,
+        "seed": seed,
+        "noise": noise,
+        "workers": workers,
+    }
     settings = load_config(Config, config, sets or [], options)
     require_config_slot(out, Config)
     with progress_bar("recording demonstrations") as progress:

@@ -164,6 +164,18 @@ def test_a_stopped_recording_goes_on_with_what_was_recorded(recording: Recording
     assert not parts.exists()
 
 
+@pytest.mark.slow
+def test_workers_side_by_side_record_the_same_demonstrations(recording: Recording, tmp_path: Path) -> None:
+    _, alone, _ = recording
+    both = record(CONFIG.model_copy(update={"episodes": 2, "workers": 2}), tmp_path)
+    assert (both.attempted, both.short_tasks) == (2, ())
+    with h5py.File(both.files[0]) as file, h5py.File(alone.files[0]) as before:
+        assert [int(file[f"data/demo_{i}"].attrs["seed"]) for i in range(2)] == [5, 6]
+        assert file["data"].attrs["recorder_digest"] == before["data"].attrs["recorder_digest"]
+        for name in ("actions", "states", "obs/agentview_rgb", "obs/eye_in_hand_depth", "obs/ee_states"):
+            np.testing.assert_array_equal(demo_of(file)[name][:], demo_of(before)[name][:])
+
+
 def test_a_task_beyond_the_expert_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="scripted expert cannot do libero_goal task 0"):
         record(Config(suite="libero_goal", tasks=(0,), episodes=1), tmp_path)
