@@ -71,9 +71,10 @@ def test_every_preset_loads(name: str) -> None:
 
 
 OPTIONS = {
-    "demos": "--suite --task --episodes --out --seed --noise --config --set --json",
+    "demos": "--suite --task --episodes --out --seed --noise --workers --config --set --json",
     "pack build": "SOURCES --out --workers --kind --on-error --drop-no-ops --rows-per-shard --config --set --json",
     "pack info": "PACK --verify --json",
+    "pack show": "PACK --row --out",
     "extract": "--pack --encoder --out --codec --workers --config --set --json",
     "train": "--pack --cache --out --compressor --steps --seed --config --set --json",
     "eval": "RUN --suite --tasks --episodes --seed --out --encoder --cameras --image-orientation --config --set --json",

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache_schemas.errors import InputError, SourceDamaged
+from geomcache.cache_schemas.errors import ContractMismatch, InputError, SourceDamaged
 from geomcache.cache_schemas.fingerprint import digest_bytes, digest_json
 from geomcache.cache_schemas.layout import shard_count, shard_rows
 from geomcache.cache_schemas.pack_info import EpisodeLeftOut, PackRequest
@@ -195,8 +195,17 @@ def _file_names(text: str) -> str:
 
 
 def require_common_contract(sources: Sequence[FrameSource]) -> None:
-    """Raise ``ContractMismatch`` unless all sources follow the conventions of the first."""
+    """Raise ``ContractMismatch`` unless all sources follow the conventions of the first, with views of one size."""
     first, *others = sources
+    for source in sources:
+        sizes = [f"{camera.name} {camera.height} x {camera.width}" for camera in source.contract.cameras]
+        if len({(camera.height, camera.width) for camera in source.contract.cameras}) > 1:
+            raise ContractMismatch(
+                f"the cameras of {source.location} have different sizes",
+                expected="one size for all views",
+                found=", ".join(sizes),
+                fix="choose cameras of one size: --set source.cameras='[agentview]'",
+            )
     for source in others:
         first.contract.require_same(
             source.contract,

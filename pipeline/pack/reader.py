@@ -2,24 +2,26 @@
 
 import io
 import os
+import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from geomcache.cache_schemas.errors import InputError, PackDamaged
 from geomcache.cache_schemas.fingerprint import digest_file
-from geomcache.cache_schemas.layout import shard_count, shard_of
+from geomcache.cache_schemas.layout import shard_count, shard_of, shard_rows
 from geomcache.cache_schemas.pack_info import EPISODES_NAME, PACK_NAME, ROWS_NAME, PackInfo
 from geomcache.pipeline.files import allow_many_open_files
 from geomcache.pipeline.frames import FrameBatch
-from geomcache.pipeline.pack.format import row_schema, shard_name
+from geomcache.pipeline.pack.format import member_suffixes, row_schema, shard_name
 
 _OPEN_SHARDS = 64
 
@@ -106,20 +108,36 @@ class PackReader:
             )
 
     def verify_shard(self, shard: int) -> None:
-        """Raise ``PackDamaged`` unless the shard's bytes are those that were packed."""
+        """Raise ``PackDamaged`` unless the shard's bytes are those that were packed and its members the known ones.
+
+        ``tar -x`` and webdataset trust member names: one that leaves the folder is refused here, whoever made the pack.
+        """
         file = self.info.shards[shard]
-        if digest_file(self.path / file.name) != file.sha256:
-            raise _damaged(self.path / file.name, "the bytes that were packed", "other bytes")
+        path = self.path / file.name
+        if digest_file(path) != file.sha256:
+            raise _damaged(path, "the bytes that were packed", "other bytes")
+        rows = shard_rows(shard, len(self), self.info.request.rows_per_shard)
+        suffixes = [*member_suffixes(self.info.contract), "json"]
+        expected = [f"{row:08d}.{suffix}" for row in rows for suffix in suffixes]
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member, name in zip_longest(tar, expected):
+                    if member is None or name is None or member.name != name or not member.isreg():
+                        raise _damaged(path, f"member {name}", f"member {member.name if member else None!r}")
+        except tarfile.TarError as problem:
+            raise _damaged(path, "a whole tar file", str(problem)) from problem
 
     def frames(self, rows: Sequence[int]) -> FrameBatch:
         """Decode the frames of ``rows``, in the order asked for; any order, repeats allowed."""
         contract = self.info.contract
-        views = len(contract.cameras)
-        images = np.stack([np.stack([self._image(row, view) for view in range(views)]) for row in rows])
+        images = self.images(rows)
         if not contract.has_depth:
             return FrameBatch(images)
-        depth = np.stack([np.stack([self._depth(row, views + view) for view in range(views)]) for row in rows])
-        take = np.asarray(rows)
+        views, take = len(contract.cameras), np.asarray(rows)
+        depth = np.empty(images.shape[:-1], dtype=np.float32)
+        for place, row in enumerate(rows):
+            for view in range(views):
+                depth[place, view] = self._depth(row, views + view)
         return FrameBatch(
             images,
             depth,
@@ -129,8 +147,12 @@ class PackReader:
 
     def images(self, rows: Sequence[int]) -> NDArray[np.uint8]:
         """Only the images of ``rows``: [B, V, H, W, 3]."""
-        views = len(self.info.contract.cameras)
-        return np.stack([np.stack([self._image(row, view) for view in range(views)]) for row in rows])
+        cameras = self.info.contract.cameras
+        images = np.empty((len(rows), len(cameras), cameras[0].height, cameras[0].width, 3), dtype=np.uint8)
+        for place, row in enumerate(rows):
+            for view in range(len(cameras)):
+                self._decode(row, view, images[place, view])
+        return images
 
     def instruction(self, row: int) -> str:
         """The instruction of the row's episode."""
@@ -149,7 +171,12 @@ class PackReader:
 
     def _member(self, row: int, member: int) -> bytes:
         if not 0 <= row < len(self):
-            raise InputError(f"row {row} is not in {self.path}", expected=f"0 to {len(self) - 1}", found=str(row))
+            raise InputError(
+                f"row {row} is not in {self.path}",
+                expected=f"0 to {len(self) - 1}",
+                found=str(row),
+                fix=f"geomcache pack info {self.path} says how many rows there are",
+            )
         shard, _ = shard_of(row, self.info.request.rows_per_shard)
         size = int(self._sizes[row, member])
         data = os.pread(self._file(shard), size, int(self._offsets[row, member]))
@@ -157,16 +184,21 @@ class PackReader:
             raise _damaged(self.path / shard_name(shard), f"{size} bytes for row {row}", f"{len(data)} bytes")
         return data
 
-    def _image(self, row: int, member: int) -> NDArray[np.uint8]:
+    def _decode(self, row: int, member: int, out_HWC: NDArray[np.uint8]) -> None:
+        data = self._member(row, member)
         try:
-            return np.asarray(Image.open(io.BytesIO(self._member(row, member))).convert("RGB"))
-        except OSError as problem:
+            image = np.asarray(PngImageFile(io.BytesIO(data)))
+            if image.shape != out_HWC.shape:
+                raise ValueError(f"an image of shape {image.shape}")
+            out_HWC[...] = image
+        except (OSError, SyntaxError, ValueError) as problem:  # PIL calls a PNG without its signature a SyntaxError
             shard, _ = shard_of(row, self.info.request.rows_per_shard)
             raise _damaged(self.path / shard_name(shard), f"a PNG for row {row}", str(problem)) from problem
 
     def _depth(self, row: int, member: int) -> NDArray[np.float32]:
+        data = self._member(row, member)
         try:
-            return np.asarray(np.load(io.BytesIO(self._member(row, member)), allow_pickle=False), dtype=np.float32)
+            return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), dtype=np.float32)
         except ValueError as problem:
             shard, _ = shard_of(row, self.info.request.rows_per_shard)
             raise _damaged(self.path / shard_name(shard), f"a .npy for row {row}", str(problem)) from problem

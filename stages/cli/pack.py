@@ -79,6 +79,22 @@ def info(
         raise typer.Exit(1)
 
 
+@app.command("show")
+def show_row(
+    pack: Annotated[Path, typer.Argument(help="Folder of the pack.")],
+    row: Annotated[int, typer.Option(help="Which row.")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("row.png"),
+) -> None:
+    """Draw one row: all views, depth if any, instruction, action and state."""
+    from geomcache.pipeline.files import write_atomic
+    from geomcache.pipeline.pack.picture import row_picture
+    from geomcache.pipeline.pack.reader import PackReader
+
+    with PackReader(pack) as reader:
+        write_atomic(out, row_picture(reader, row))
+    typer.echo(f"picture: {out}")
+
+
 def build_from(settings: "PackConfig", progress: Callable[..., None]) -> "tuple[PackInfo, bool]":
     """Build the pack; True when it stood already."""
     from geomcache.pipeline.pack.build import build_pack

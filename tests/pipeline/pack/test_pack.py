@@ -1,5 +1,6 @@
 """Packs: the right pixels in the right rows, byte-identical, readable by others, damage and misuse named."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -13,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from geomcache.cache_schemas.errors import ContractMismatch, InputError, PackDamaged, SchemaTooNew
+from geomcache.pipeline.pack.picture import row_picture
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.sources.libero_hdf5 import Config, Source
 from geomcache.stages.cli.pack import build_from
@@ -150,3 +152,34 @@ def test_a_damaged_shard_never_becomes_tokens(demo_file: Path, tmp_path: Path) -
     (pack / "shards/000001.tar").write_bytes(data)
     with pytest.raises(PackDamaged, match=r"000001\.tar"):
         extract_without_ray(pack, "oracle_pointmap", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["/etc/cron.d/evil.png", "../../evil.png", "00000008.agentview.png"])
+def test_a_member_that_leaves_the_folder_or_is_no_file_is_refused(demo_file: Path, tmp_path: Path, name: str) -> None:
+    """Even where the digests in pack.json were made to fit: tar and webdataset would trust the name."""
+    pack = build_pack_at(demo_file, tmp_path / "pack")
+    shard = pack / "shards/000001.tar"
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member)) for member in tar]
+        contents = [(member, file.read()) for member, file in members if file is not None]
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, (member, data) in enumerate(contents):
+            if number == 0:
+                member.name = name
+                member.type = tarfile.REGTYPE if name.endswith("evil.png") else tarfile.SYMTYPE
+                member.size = len(data) if name.endswith("evil.png") else 0
+            tar.addfile(member, io.BytesIO(data))
+    card = json.loads((pack / "pack.json").read_text())
+    card["shards"][1].update(bytes=shard.stat().st_size, sha256=hashlib.sha256(shard.read_bytes()).hexdigest())
+    (pack / "pack.json").write_text(json.dumps(card))
+    with PackReader(pack) as reader, pytest.raises(PackDamaged, match="member"):
+        reader.verify_shard(1)
+
+
+def test_a_row_is_drawn(pack_path: Path) -> None:
+    with PackReader(pack_path) as pack:
+        picture = np.asarray(Image.open(io.BytesIO(row_picture(pack, 11))).convert("RGB"))
+        assert picture.shape[0] > 400
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 500  # the frames are in it
+        with pytest.raises(InputError, match=f"row {ROWS} is not in"):
+            row_picture(pack, ROWS)

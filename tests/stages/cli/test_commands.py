@@ -62,7 +62,7 @@ def test_pack_extract_and_cache_commands_speak_json(demo_file: Path, tmp_path: P
 
 def test_mistakes_exit_2_with_one_clear_message(demo_file: Path, pack_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    _mistake(geomcache("pack", "build", tmp_path / "none", "--out", out), "does not exist", "geomcache demos")
+    _mistake(geomcache("pack", "build", tmp_path / "none", "--out", out), "there is no data set")
     _mistake(geomcache("pack", "build", demo_file, "--out", out, "--set", "row_per_shard=3"), "did you mean")
     _mistake(geomcache("extract", "--pack", tmp_path, "--out", out), "not a finished pack", "geomcache pack build")
     _mistake(geomcache("extract", "--pack", pack_path, "--encoder", "oracle", "--out", out), "did you mean")
