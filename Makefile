@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 QUICKSTART ?= quickstart/quickstart
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install system quickstart test lint types unit bench clean
+.PHONY: help install system quickstart test lint types unit bench demo-table clean
 
 help:
 	@echo "make quickstart   the whole chain at tiny size in the real simulator (QUICKSTART=quickstart/smallest: less)"
 	@echo "make test         lint, types, tests"
 	@echo "make install      only .venv"
 	@echo "make bench        the benchmarks; figures are written to runs/benchmarks"
+	@echo "make demo-table   the scripted expert on all 50 shipped states of its 20 tasks (hours) -> docs/demo_table.md"
 
 # The simulator needs Mesa's EGL; said before anything is downloaded.
 system:
@@ -53,6 +54,10 @@ unit: install
 bench: install
 	@mkdir -p runs/benchmarks
 	$(BIN)/python benchmarks/cli.py --json runs/benchmarks/cli.json
+	$(BIN)/python benchmarks/frames.py --json runs/benchmarks/frames.json
+
+demo-table: install
+	$(BIN)/python benchmarks/demo_table.py --states 50 --out docs/demo_table.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

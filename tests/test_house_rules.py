@@ -74,6 +74,7 @@ OPTIONS = {
     "demos": "--suite --task --episodes --out --seed --noise --workers --config --set --json",
     "pack build": "SOURCES --out --workers --kind --on-error --drop-no-ops --rows-per-shard --config --set --json",
     "pack info": "PACK --verify --json",
+    "pack check": "SOURCE --kind --episodes --set --json",
     "pack show": "PACK --row --out",
     "extract": "--pack --encoder --out --codec --workers --config --set --json",
     "train": "--pack --cache --out --compressor --steps --seed --config --set --json",

@@ -2,7 +2,7 @@
 
 ``shards/000000.tar``  WebDataset samples, key = row number, members ``<camera>.png`` (upright RGB),
                        ``<camera>.depth.npy`` (float32 metres), ``json`` (episode, step, instruction, action, state)
-``rows.arrow``         one line per row: episode, step, state, action, camera matrices, member offsets and sizes
+``rows.arrow``         one line per row: episode, step, state, action, camera matrices; members' offset, size, crc32c
 ``episodes.arrow``     one line per episode: suite, task, instruction, first row, rows, metadata
 ``pack.json``          contract, sources, digests; written last
 ``README.md``          the data card
@@ -45,6 +45,7 @@ def row_schema(contract: Contract) -> pa.Schema:
         ("action", pa.list_(pa.float32(), ACTION_DIM)),
         ("offset", pa.list_(pa.int64(), members)),
         ("size", pa.list_(pa.int64(), members)),
+        ("crc32c", pa.list_(pa.uint32(), members)),
     ]
     if contract.has_depth:
         fields += [

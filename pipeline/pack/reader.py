@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from crc32c import crc32c
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
@@ -76,6 +77,7 @@ class PackReader:
         self.episode_of_row = self._column("episode")  # [N] int32
         self._offsets = self._column("offset")
         self._sizes = self._column("size")
+        self._checksums = self._column("crc32c")  # neither PIL nor .npy notices a flipped bit
         self._files: OrderedDict[int, int] = OrderedDict()
         allow_many_open_files()
 
@@ -181,27 +183,31 @@ class PackReader:
         size = int(self._sizes[row, member])
         data = os.pread(self._file(shard), size, int(self._offsets[row, member]))
         if len(data) != size:
-            raise _damaged(self.path / shard_name(shard), f"{size} bytes for row {row}", f"{len(data)} bytes")
+            raise self._damaged_row(row, f"{size} bytes", f"{len(data)} bytes")
+        if crc32c(data) != int(self._checksums[row, member]):
+            raise self._damaged_row(row, "the bytes that were packed", "other bytes")
         return data
 
     def _decode(self, row: int, member: int, out_HWC: NDArray[np.uint8]) -> None:
         data = self._member(row, member)
         try:
             image = np.asarray(PngImageFile(io.BytesIO(data)))
-            if image.shape != out_HWC.shape:
-                raise ValueError(f"an image of shape {image.shape}")
-            out_HWC[...] = image
         except (OSError, SyntaxError, ValueError) as problem:  # PIL calls a PNG without its signature a SyntaxError
-            shard, _ = shard_of(row, self.info.request.rows_per_shard)
-            raise _damaged(self.path / shard_name(shard), f"a PNG for row {row}", str(problem)) from problem
+            raise self._damaged_row(row, "a PNG", str(problem)) from problem
+        if image.shape != out_HWC.shape:
+            raise self._damaged_row(row, f"an image of shape {out_HWC.shape}", f"shape {image.shape}")
+        out_HWC[...] = image
 
     def _depth(self, row: int, member: int) -> NDArray[np.float32]:
         data = self._member(row, member)
         try:
             return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), dtype=np.float32)
         except ValueError as problem:
-            shard, _ = shard_of(row, self.info.request.rows_per_shard)
-            raise _damaged(self.path / shard_name(shard), f"a .npy for row {row}", str(problem)) from problem
+            raise self._damaged_row(row, "a .npy", str(problem)) from problem
+
+    def _damaged_row(self, row: int, expected: str, found: str) -> PackDamaged:
+        shard, _ = shard_of(row, self.info.request.rows_per_shard)
+        return _damaged(self.path / shard_name(shard), f"{expected} for row {row}", found)
 
     def _file(self, shard: int) -> int:
         if shard in self._files:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
+from crc32c import crc32c
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -186,8 +187,9 @@ def _add_row(
         "step": step,
         "state": sample["state"],
         "action": sample["action"],
-        "offset": [offset for offset, _ in placed],
-        "size": [size for _, size in placed],
+        "offset": placed,
+        "size": [len(data) for data in members],
+        "crc32c": [crc32c(data) for data in members],
     }
     if frames.intrinsics_BV33 is not None and frames.extrinsics_BV44 is not None:
         values |= {
@@ -210,11 +212,11 @@ def _npy(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
-    """Append one member; returns (offset of its data in the tar, size)."""
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append one member; returns the offset of its data in the tar."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
     header.mode = 0o644  # mtime, uid and gid stay 0: the bytes depend on the data alone
     offset = tar.offset + _TAR_HEADER
     tar.addfile(header, io.BytesIO(data))
-    return offset, len(data)
+    return int(offset)

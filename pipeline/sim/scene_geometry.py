@@ -2,6 +2,7 @@
 
 Non-obvious:
 - Collision shapes of LIBERO objects are coarse boxes (group 0); the meshes one sees are group 1 with no contact.
+  So what to hold is read from meshes, what to keep clear of from boxes: a flat wall's mesh has only its corners.
 - A cabinet's drawers are bodies of their own; everything below one root body belongs to the object.
 - Scanned meshes have up to 200,000 vertices; every n-th is plenty for planning.
 """
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 _MOST_VERTICES = 6000  # per object
 _VISUAL_GROUP = 1
+_SPACING = 0.008  # metres between points of a collision box
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,19 @@ def object_vertices(simulator: Any, name: str) -> NDArray[np.float64]:
         local = mesh_vertices(simulator, geom)
         local = local[:: max(1, len(local) // _MOST_VERTICES)]
         parts.append(local @ np.asarray(data.geom_xmat[geom]).reshape(3, 3).T + data.geom_xpos[geom])
+    return np.concatenate(parts) if parts else np.zeros((0, 3))
+
+
+def solid_points(simulator: Any, name: str) -> NDArray[np.float64]:
+    """[N, 3] points that fill an object's collision boxes in the world: what a hand would run into."""
+    model, data = simulator.sim.model._model, simulator.sim.data
+    root = model.body_rootid[simulator.obj_body_id[name]]
+    parts = []
+    for geom in range(model.ngeom):
+        if model.body_rootid[model.geom_bodyid[geom]] == root and model.geom_contype[geom]:
+            steps = [np.linspace(-half, half, 2 + int(2.0 * half / _SPACING)) for half in model.geom_size[geom]]
+            local = np.stack(np.meshgrid(*steps), axis=-1).reshape(-1, 3)
+            parts.append(local @ np.asarray(data.geom_xmat[geom]).reshape(3, 3).T + data.geom_xpos[geom])
     return np.concatenate(parts) if parts else np.zeros((0, 3))
 
 

@@ -20,7 +20,7 @@ def resolve(text: str) -> Path:
         InputError: neither such a path nor such a data set can be had.
     """
     path = Path(text).expanduser()
-    if path.exists():
+    if text and path.exists():
         return path
     found = _HUB_ID.fullmatch(text)
     if found is None:

@@ -16,7 +16,7 @@ Non-obvious:
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from pydantic import field_validator
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import ACTION_DIM, CameraContract, Contract, ImageOrientation
 from geomcache.cache_schemas.errors import InputError, SourceDamaged
-from geomcache.cache_schemas.fingerprint import digest_file, digest_json
+from geomcache.cache_schemas.fingerprint import digest_files, digest_json
 from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
 from geomcache.pipeline.frames import EpisodeHead, EpisodeRows, FrameBatch
 from geomcache.pipeline.official_layout import (
@@ -114,13 +114,25 @@ class Source:
     @cached_property
     def revision(self) -> str:
         """Digest over the bytes of every file and over how they are read."""
-        files = [[path.name, digest_file(path)] for path in self.files]
+        files = [[path.name, digest] for path, digest in zip(self.files, digest_files(self.files), strict=True)]
         return digest_json([_VERSION, files, self.config.model_dump(mode="json", exclude={"path"})])
 
     @property
     def episode_count(self) -> int:
         """Number of demonstrations; a file that cannot be opened counts as one."""
         return len(self._demos)
+
+    def demonstration(self, episode: int) -> tuple[Path, str]:
+        """(file, ``demo_<i>``) of one demonstration, for those who replay it."""
+        return self._demos[episode].path, self._demos[episode].name
+
+    @property
+    def has_simulator_states(self) -> bool:
+        """Whether the first demonstration that can be read can be replayed."""
+        for demo in self._demos:
+            with suppress(SourceDamaged), _reading(demo) as group:
+                return "states" in group
+        return False
 
     def head(self, episode: int) -> EpisodeHead:
         """Everything of one demonstration but its pictures, checked.

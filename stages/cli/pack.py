@@ -1,16 +1,28 @@
 """``geomcache pack``."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geomcache.stages.cli.common import ConfigOption, JsonOption, SetOption, progress_bar, say, show_values
+from geomcache.stages.cli.common import (
+    EXIT_FINDING,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    progress_bar,
+    say,
+    show_table,
+    show_values,
+)
 
 if TYPE_CHECKING:
     from geomcache.cache_schemas.pack_info import PackInfo
     from geomcache.configs.schema import PackConfig
+    from geomcache.pipeline.sim.source_check import SourceCheck
 
 app = typer.Typer(
     help="Frame packs: LIBERO data sets as WebDataset shards with a columnar index.", no_args_is_help=True
@@ -77,6 +89,53 @@ def info(
         show_values({**_summary(pack, reader.info), **({"problems": problems} if verify else {})}, as_json)
     if problems:
         raise typer.Exit(1)
+
+
+@app.command("check")
+def check(
+    source: Annotated[str, typer.Argument(help="A data set, as pack build takes it.")],
+    kind: Annotated[str | None, typer.Option(help="libero_hdf5 | lerobot; default: told by what is there.")] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="How many to look at, spread over the data set.")] = 6,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find out, with the simulator, how a data set stores its images and whether its gripper closes on +1.
+
+    HDF5 with simulator states: moments are rendered again and compared under the eight flips and turns. LeRobot: the
+    hand's track must explain what moves. Exit 1 when that contradicts what is declared (--set source.image_orientation).
+    """
+    from geomcache.configs.load import load_config
+    from geomcache.configs.schema import PackConfig
+    from geomcache.pipeline.sim.source_check import check_source
+
+    options = {"sources": [source], "out": "unused", "kind": kind}
+    (request,) = load_config(PackConfig, None, sets or [], options).requests()
+    with progress_bar("looking at episodes") as progress:
+        found = check_source(request, episodes, progress)
+    if as_json:
+        typer.echo(json.dumps({**asdict(found), "agrees": found.orientation_agrees and found.gripper_agrees}))
+    else:
+        show_table(
+            f"{found.location}: {found.way}",
+            ["camera", "from", "stored as", "error", "next best", "its error", "decided"],
+            [
+                [f.camera, where, f.best, f"{f.error:.3g}", f.runner_up, f"{f.runner_up_error:.3g}", str(f.decided)]
+                for where, f in found.findings
+            ],
+        )
+        typer.echo(f"gripper: {found.gripper.switches} switches, agreement {found.gripper.score:+.2f} (of -1 to 1)")
+        typer.echo(f"images are stored as {found.found}; declared: {found.declared}")
+    _require_declared(found)
+
+
+def _require_declared(found: "SourceCheck") -> None:
+    """Exit 1 with the setting that mends it when the declaration does not hold."""
+    if not found.orientation_agrees:
+        say(f"the declaration is wrong; pack with --set source.image_orientation={found.found}")
+    if not found.gripper_agrees:
+        say("the gripper's sign is wrong: the fingers open when they are told to close; see --set source.gripper_sign")
+    if not (found.orientation_agrees and found.gripper_agrees):
+        raise typer.Exit(EXIT_FINDING)
 
 
 @app.command("show")

@@ -154,6 +154,21 @@ def test_a_damaged_shard_never_becomes_tokens(demo_file: Path, tmp_path: Path) -
         extract_without_ray(pack, "oracle_pointmap", tmp_path / "cache")
 
 
+@pytest.mark.parametrize("member", ["agentview.png", "robot0_eye_in_hand.depth.npy"])
+def test_a_flipped_bit_is_seen_when_its_row_is_read(demo_file: Path, tmp_path: Path, member: str) -> None:
+    """Training reads rows one by one; Pillow decodes most flipped PNGs without a word."""
+    pack = build_pack_at(demo_file, tmp_path / "pack")
+    with tarfile.open(pack / "shards/000001.tar") as tar:
+        info = tar.getmember(f"00000009.{member}")
+    data = bytearray((pack / "shards/000001.tar").read_bytes())
+    data[info.offset_data + info.size - 30] ^= 1
+    (pack / "shards/000001.tar").write_bytes(data)
+    with PackReader(pack) as reader:
+        reader.frames([8, 10])
+        with pytest.raises(PackDamaged, match=r"000001\.tar(.|\n)*for row 9"):
+            reader.frames([8, 9])
+
+
 @pytest.mark.parametrize("name", ["/etc/cron.d/evil.png", "../../evil.png", "00000008.agentview.png"])
 def test_a_member_that_leaves_the_folder_or_is_no_file_is_refused(demo_file: Path, tmp_path: Path, name: str) -> None:
     """Even where the digests in pack.json were made to fit: tar and webdataset would trust the name."""

@@ -1,0 +1,294 @@
+"""Rendering data sets again that have no depth: every demonstration of official-layout HDF5 files is replayed.
+
+The new file has the source's name, demonstrations, actions, states and attributes; its ``obs`` and ``robot_states``
+come from the replay (observation_rows.py says which fields), with the source's timing, so that every reader of the
+source reads it, now with depth and cameras. Added: demo attributes depth_near, depth_far, robot_base_pose and
+``replay`` (the report, JSON); data attributes camera_names, rerender_config, rerender_digest.
+
+Non-obvious:
+- Images are stored raw, bottom-up, whatever the source did.
+- ``auto`` replays the actions while they lead through the stored states, which gives exactly what was seen then. Else
+  every state is set; pictures are then up to two physics steps late. Files recorded with another MuJoCo end there.
+- Each demonstration is a small file of its own until all are done, so a kill loses one; HDF5 never writes the only
+  copy of anything where a disk may be full (see demo_file.DemoFile).
+"""
+
+import errno
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+from pydantic import Field, field_validator
+
+from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.contract import ImageOrientation
+from geomcache.cache_schemas.errors import InputError, SourceDamaged
+from geomcache.cache_schemas.fingerprint import digest_file, digest_json
+from geomcache.pipeline.files import atomic_writer, remove_leftovers, sync_file, sync_folder, temporary_name
+from geomcache.pipeline.official_layout import SUFFIXES, file_camera_name
+from geomcache.pipeline.sim.libero_env import LiberoEnv
+from geomcache.pipeline.sim.observation_rows import ObservationRows, scene_attributes
+from geomcache.pipeline.sim.orientation_by_replay import ErrorSums, stored_image
+from geomcache.pipeline.sim.orientation_finding import decide
+from geomcache.pipeline.sim.replay import Replay, Scene, StoredDemo, Way, demo_names, find_task, read_demo, reading
+from geomcache.pipeline.sim.system import require_simulator
+
+MATCHED_BELOW = 1e-6  # of any number in the state: actions that stay below it lead through the stored states
+_VERSION = 1  # raised whenever the same source and configuration give another file
+_FROM_REPLAY = ("obs", "robot_states")
+_NOT_COPIED = ("recorder_digest",)  # `geomcache demos` would take the file for its own
+
+
+class RerenderConfig(Schema):
+    """What to render."""
+
+    cameras: tuple[str, ...] = Field(default=("agentview", "robot0_eye_in_hand"), min_length=1)
+    height: int = Field(default=128, ge=16)  # pixels
+    width: int = Field(default=128, ge=16)  # pixels
+    way: Literal["auto", "actions", "states"] = "auto"
+
+    @field_validator("cameras")
+    @classmethod
+    def _each_once(cls, cameras: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(cameras)) != len(cameras):
+            raise ValueError(f"a camera is named twice in {list(cameras)}")
+        return cameras
+
+    def digest(self, source: Path) -> str:
+        """Of everything that decides what the file rendered from ``source`` holds."""
+        return digest_json([_VERSION, digest_file(source), self.model_dump(mode="json")])
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """How the replay of one demonstration went."""
+
+    file: str  # relative to the source
+    demo: str
+    damage: str | None = None  # why the demonstration was left out; the rest is then empty
+    way: Way | None = None
+    scene: Scene | None = None  # by what the fixtures were placed; "unknown": up to 1.5 cm elsewhere
+    max_state_error: float | None = None  # of the actions; where they were given up: so far. None: they were not tried
+    matched: bool = False  # the actions led through the stored states
+    success: bool | None = None  # LIBERO's predicate after the last action
+    frames: int = 0
+    image_error: float | None = None  # mean difference to the stored images, grey levels of 255; None: it has none
+    stored_orientation: ImageOrientation | None = None  # that of the smallest error; None: undecided or views differ
+
+
+def rerender(
+    source: Path, out: Path, config: RerenderConfig, progress: Callable[[ReplayReport], None] | None = None
+) -> list[ReplayReport]:
+    """Render every demonstration of every HDF5 file under ``source`` into files of the same names under ``out``.
+
+    Finished files of the same source and configuration are skipped, a stopped run goes on with the demonstration it
+    was at. Damaged demonstrations are left out and named in their report. ``progress`` hears of what was done now;
+    the result holds everything.
+
+    Raises:
+        InputError: there is nothing to render, or ``out`` holds or would overwrite something else.
+        SourceDamaged: a file cannot be opened.
+        UnknownName: a file is named after no LIBERO task, or the scene has no such camera.
+    """
+    require_simulator()
+    targets = _targets(source, out)
+    jobs = [_Job(path, target, source, config) for path, target in targets.items()]  # refuses before it renders
+    return [report for job in jobs for report in job.run(progress or (lambda _: None))]
+
+
+def _targets(source: Path, out: Path) -> dict[Path, Path]:
+    """Each file of the source and where its new one goes."""
+    if source.is_file():
+        paths, root, overwrites = [source], source.parent, out.resolve() == source.parent.resolve()
+    else:
+        found = (path for suffix in SUFFIXES for path in source.rglob(f"[!.]*{suffix}"))
+        paths = sorted(path for path in found if ".parts/" not in f"{path.relative_to(source)}")
+        root, overwrites = source, out.resolve().is_relative_to(source.resolve())
+    if not paths:
+        raise InputError(
+            f"there is nothing to replay in {source}",
+            expected=f"a file or folder of {' or '.join(SUFFIXES)} files",
+            found="none there" if source.exists() else "it does not exist",
+            fix="name the folder of the demonstrations",
+        )
+    if overwrites:
+        raise InputError(
+            f"{out} lies inside the source",
+            expected="another folder, so that no file is overwritten or replayed twice",
+            found=str(source),
+            fix="choose another --out",
+        )
+    return {path: out / path.relative_to(root) for path in paths}
+
+
+class _Job:
+    """One file and the one it becomes."""
+
+    def __init__(self, path: Path, target: Path, source: Path, config: RerenderConfig) -> None:
+        self._path, self._target, self._config = path, target, config
+        self._label = path.name if source.is_file() else str(path.relative_to(source))
+        self._names, self._task, self._digest = demo_names(path), find_task(path), config.digest(path)
+        self._parts = target.with_name(f".{target.name}.parts")
+        self._found: dict[str, tuple[Path, ReplayReport]] = {}
+        if target.exists():
+            self._found = self._finished_in(target)
+            if not self._found:
+                raise InputError(
+                    f"{target} exists and holds something else",
+                    expected="no file there, or one rendered from the same source with the same configuration",
+                    fix=f"render into another folder, or remove it: rm {target}",
+                )
+
+    def run(self, progress: Callable[[ReplayReport], None]) -> list[ReplayReport]:
+        """Render what is missing and join it; returns a report for every demonstration of the source."""
+        if self._target.parent.is_dir():
+            remove_leftovers(self._target.parent)
+        for part in self._parts.glob("demo_*.hdf5"):
+            self._found |= {name: found for name, found in self._finished_in(part).items() if name not in self._found}
+        reports = []
+        rendered = any(file != self._target for file, _ in self._found.values())
+        with LiberoEnv(
+            self._task.suite,
+            self._task.index,
+            cameras=self._config.cameras,
+            height=self._config.height,
+            width=self._config.width,
+        ) as env:
+            for name in self._names:
+                if name in self._found:
+                    reports.append(self._found[name][1])
+                    continue
+                try:
+                    report = self._render(env, read_demo(self._path, name))
+                    rendered = True
+                except SourceDamaged as problem:
+                    report = ReplayReport(self._label, name, damage=f"{problem.what}: {problem.found}")
+                reports.append(report)
+                progress(report)
+        if rendered:
+            self._join()
+        return reports
+
+    def _render(self, env: LiberoEnv, demo: StoredDemo) -> ReplayReport:
+        """Replay one demonstration and keep it in a file of its own."""
+        wanted, replay = self._config.way, Replay(env, demo)
+        way: Way = "states" if wanted == "states" else "actions"
+        seen = self._observe(env, demo, replay, way, give_up=wanted == "auto")
+        if seen is None:
+            way, seen = "states", self._observe(env, demo, replay, "states")
+        assert seen is not None, "only actions are given up"
+        rows, sums = seen
+        findings = [decide(means, camera) for camera, means in sums.items() if means]
+        orientations = {finding.best if finding.decided else None for finding in findings}
+        report = ReplayReport(
+            file=self._label,
+            demo=demo.name,
+            way=way,
+            scene=replay.scene,
+            max_state_error=replay.max_state_error,
+            matched=way == "actions" and _matches(replay),
+            success=env.success(),
+            frames=len(rows),
+            image_error=sum(finding.error for finding in findings) / len(findings) if findings else None,
+            stored_orientation=orientations.pop() if len(orientations) == 1 else None,
+        )
+        self._keep(demo, rows, scene_attributes(env) | {"replay": json.dumps(asdict(report))}, report)
+        return report
+
+    def _observe(
+        self, env: LiberoEnv, demo: StoredDemo, replay: Replay, way: Way, *, give_up: bool = False
+    ) -> tuple[ObservationRows, dict[str, dict[ImageOrientation, float]]] | None:
+        """(observations, each camera's difference to the stored images); None if the actions were given up."""
+        rows, sums = ObservationRows(), {camera: ErrorSums() for camera in self._stored_cameras(demo)}
+        for j in replay.by_actions() if way == "actions" else replay.by_states():
+            if give_up and not _matches(replay):
+                return None
+            rows.take(env)
+            for camera, comparison in sums.items():
+                rendered = rows.last(f"obs/{file_camera_name(camera)}_rgb")
+                comparison.add(stored_image(demo.path, demo.name, camera, j), rendered)
+        return rows, {camera: comparison.means() for camera, comparison in sums.items()}
+
+    def _stored_cameras(self, demo: StoredDemo) -> list[str]:
+        """The views to render of which the source has images as well."""
+        with reading(demo.path, demo.name) as file:
+            stored = file[f"data/{demo.name}"].get("obs", {})
+            return [camera for camera in self._config.cameras if f"{file_camera_name(camera)}_rgb" in stored]
+
+    def _keep(self, demo: StoredDemo, rows: ObservationRows, attributes: dict[str, Any], report: ReplayReport) -> None:
+        memory = io.BytesIO()
+        with reading(demo.path, demo.name) as source, h5py.File(memory, "w") as file:
+            data = file.create_group("data")
+            data.attrs["rerender_digest"] = self._digest
+            source.copy(f"data/{demo.name}", data, demo.name, shallow=True)  # obs without what is in it
+            group = data[demo.name]
+            for key in _FROM_REPLAY:
+                group.pop(key, None)
+            for name, value in attributes.items():
+                group.attrs[name] = value
+            rows.write(group)
+        part = self._parts / f"{demo.name}.hdf5"
+        with atomic_writer(part) as file:
+            file.write(memory.getbuffer())
+        self._found[demo.name] = part, report
+
+    def _finished_in(self, path: Path) -> dict[str, tuple[Path, ReplayReport]]:
+        """Demonstration -> the file it is in and its report; empty if the file is of another source or setting."""
+        try:
+            with h5py.File(path, "r") as file:
+                if file["data"].attrs["rerender_digest"] != self._digest:
+                    return {}
+                return {
+                    name: (path, ReplayReport(**json.loads(demo.attrs["replay"])))
+                    for name, demo in file["data"].items()
+                }
+        except (OSError, KeyError, RuntimeError, ValueError, TypeError):
+            return {}
+
+    def _join(self) -> None:
+        """Write the new file under its name, whole, and remove the parts."""
+        needed = sum(file.stat().st_size for file in {file for file, _ in self._found.values()})
+        if needed > shutil.disk_usage(self._parts.parent).free:
+            raise OSError(errno.ENOSPC, "no room to join the demonstrations", str(self._target))
+        temporary = temporary_name(self._target)
+        try:
+            with h5py.File(temporary, "w") as file:
+                data = file.create_group("data")
+                with reading(self._path, "") as source:
+                    attributes = dict(source["data"].attrs)
+                for name in _NOT_COPIED:
+                    attributes.pop(name, None)
+                attributes |= {
+                    "num_demos": len(self._found),
+                    "total": sum(report.frames for _, report in self._found.values()),
+                    "camera_names": json.dumps([file_camera_name(name) for name in self._config.cameras]),
+                    "rerender_config": self._config.model_dump_json(),
+                    "rerender_digest": self._digest,
+                }
+                for name, value in attributes.items():
+                    data.attrs[name] = value
+                for name in self._names:
+                    if name in self._found:
+                        with h5py.File(self._found[name][0], "r") as part:
+                            part.copy(f"data/{name}", data, name)
+            sync_file(temporary)
+            temporary.replace(self._target)
+        except RuntimeError as problem:  # what h5py says when the last buffers do not fit on the disk
+            raise InputError(
+                f"{self._target} could not be written",
+                found=str(problem),
+                fix="make room, then run the same command again; finished demonstrations are kept",
+            ) from problem
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(self._target.parent)
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+
+def _matches(replay: Replay) -> bool:
+    return replay.max_state_error is not None and replay.max_state_error <= MATCHED_BELOW
