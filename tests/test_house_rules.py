@@ -71,7 +71,7 @@ def test_every_preset_loads(name: str) -> None:
 
 
 OPTIONS = {
-    "demos": "--suite --task --episodes --out --seed --noise --workers --config --set --json",
+    "demos": "--suite --task --episodes --out --seed --noise --workers --replay --config --set --json",
     "pack build": "SOURCES --out --workers --kind --on-error --drop-no-ops --rows-per-shard --config --set --json",
     "pack info": "PACK --verify --json",
     "pack check": "SOURCE --kind --episodes --set --json",

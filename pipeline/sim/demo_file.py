@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from geomcache.cache_schemas.base import Schema
-from geomcache.cache_schemas.contract import CameraContract
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.fingerprint import digest_json
 from geomcache.pipeline.files import atomic_writer, remove_leftovers, sync_folder, temporary_name
 from geomcache.pipeline.official_layout import file_camera_name
 from geomcache.pipeline.sim.libero_env import LiberoEnv
+from geomcache.pipeline.sim.observation_rows import ObservationRows, scene_attributes
 from geomcache.pipeline.sim.suites import TaskInfo
 from geomcache.pipeline.sim.system import quiet_simulator
 
@@ -36,8 +36,6 @@ RECORDED_BY = "geomcache scripted expert"
 RECORDER_VERSION = 1  # raise it when the same configuration would record something else
 SETTLE_STEPS = 10  # no-ops before the expert acts; only the last is recorded
 CAP_INDEX = 0  # recorded steps that were dropped at the start; LIBERO's own script drops 5
-
-_IMAGE_FILTER: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 
 class Config(Schema):
@@ -95,17 +93,13 @@ class Demo:
         executed_TA: NDArray[np.float64],
         states_TD: NDArray[np.float64],
     ) -> None:
-        near, far = env.depth_range()
         self.labels_TA, self.executed_TA, self.states_TD = labels_TA, executed_TA, states_TD
-        self.cameras: tuple[CameraContract, ...] = env.contract.cameras
-        self.columns: dict[str, list[NDArray[Any]]] = {}
+        self.observed = ObservationRows()
         self.attributes: dict[str, Any] = {
             "num_samples": len(labels_TA),
             "model_file": _without_machine_paths(env.model_xml()),
             "init_state": states_TD[0],
-            "depth_near": near,
-            "depth_far": far,
-            "robot_base_pose": env.robot_base_pose().reshape(16),
+            **scene_attributes(env),
             "attempt": attempt,
             "seed": seed,
             "init_state_index": init_state_index,
@@ -115,24 +109,7 @@ class Demo:
 
     def take(self, env: LiberoEnv) -> None:
         """Append the observation of the step just executed."""
-        robot = env.proprioception()
-        turn = robot.ee_axis_angle_3
-        row: dict[str, NDArray[Any]] = {
-            "obs/ee_states": np.concatenate([robot.ee_pos_3, turn]),
-            "obs/ee_pos": robot.ee_pos_3,
-            "obs/ee_ori": turn,
-            "obs/gripper_states": robot.gripper_qpos_2,
-            "obs/joint_states": robot.joint_pos_7,
-            "robot_states": np.concatenate([robot.gripper_qpos_2, robot.ee_pos_3, robot.ee_quat_xyzw]),
-        }
-        for camera in self.cameras:
-            view, name = env.raw_camera(camera.name), file_camera_name(camera.name)
-            row[f"obs/{name}_rgb"] = view.rgb_HWC
-            row[f"obs/{name}_depth"] = view.zbuffer_HW[..., None]
-            row[f"obs/{name}_intrinsics"] = view.intrinsics_33
-            row[f"obs/{name}_extrinsics"] = view.extrinsics_world_44
-        for key, value in row.items():
-            self.columns.setdefault(key, []).append(value)
+        self.observed.take(env)
 
 
 class DemoFile:
@@ -171,11 +148,8 @@ class DemoFile:
         group.create_dataset("states", data=demo.states_TD)
         group.create_dataset("rewards", data=last)
         group.create_dataset("dones", data=last)
-        for name, values in demo.columns.items():
-            stacked = np.stack(values)
-            assert len(stacked) == len(demo.labels_TA), "one observation per action"
-            options = {**_IMAGE_FILTER, "chunks": (1, *stacked.shape[1:])} if stacked.ndim == 4 else {}
-            group.create_dataset(name, data=stacked, **options)
+        assert len(demo.observed) == len(demo.labels_TA), "one observation per action"
+        demo.observed.write(group)
         self._count(len(demo.labels_TA))
 
     def add_copy(self, source: Path, name: str) -> int:

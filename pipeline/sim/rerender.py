@@ -31,6 +31,7 @@ from geomcache.cache_schemas.errors import InputError, SourceDamaged
 from geomcache.cache_schemas.fingerprint import digest_file, digest_json
 from geomcache.pipeline.files import atomic_writer, remove_leftovers, sync_file, sync_folder, temporary_name
 from geomcache.pipeline.official_layout import SUFFIXES, file_camera_name
+from geomcache.pipeline.ray_workers import Pool, run_tasks
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.observation_rows import ObservationRows, scene_attributes
 from geomcache.pipeline.sim.orientation_by_replay import ErrorSums, stored_image
@@ -39,6 +40,7 @@ from geomcache.pipeline.sim.replay import Replay, Scene, StoredDemo, Way, demo_n
 from geomcache.pipeline.sim.system import require_simulator
 
 MATCHED_BELOW = 1e-6  # of any number in the state: actions that stay below it lead through the stored states
+_ADVICE = "give it more memory: fewer --workers; finished demonstrations are kept"
 _VERSION = 1  # raised whenever the same source and configuration give another file
 _FROM_REPLAY = ("obs", "robot_states")
 _NOT_COPIED = ("recorder_digest",)  # `geomcache demos` would take the file for its own
@@ -51,6 +53,7 @@ class RerenderConfig(Schema):
     height: int = Field(default=128, ge=16)  # pixels
     width: int = Field(default=128, ge=16)  # pixels
     way: Literal["auto", "actions", "states"] = "auto"
+    workers: int = Field(default=1, ge=1)  # simulators side by side; the files are the same bytes
 
     @field_validator("cameras")
     @classmethod
@@ -61,7 +64,7 @@ class RerenderConfig(Schema):
 
     def digest(self, source: Path) -> str:
         """Of everything that decides what the file rendered from ``source`` holds."""
-        return digest_json([_VERSION, digest_file(source), self.model_dump(mode="json")])
+        return digest_json([_VERSION, digest_file(source), self.model_dump(mode="json", exclude={"workers"})])
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,16 @@ class ReplayReport:
 
 
 def rerender(
-    source: Path, out: Path, config: RerenderConfig, progress: Callable[[ReplayReport], None] | None = None
+    source: Path,
+    out: Path,
+    config: RerenderConfig,
+    progress: Callable[[ReplayReport, int, int], None] = lambda *_: None,
 ) -> list[ReplayReport]:
     """Render every demonstration of every HDF5 file under ``source`` into files of the same names under ``out``.
 
     Finished files of the same source and configuration are skipped, a stopped run goes on with the demonstration it
-    was at. Damaged demonstrations are left out and named in their report. ``progress`` hears of what was done now;
-    the result holds everything.
+    was at. Damaged demonstrations are left out and named in their report. ``progress`` hears of what was done now, and
+    how many of how many demonstrations stand; the result holds everything.
 
     Raises:
         InputError: there is nothing to render, or ``out`` holds or would overwrite something else.
@@ -96,9 +102,21 @@ def rerender(
         UnknownName: a file is named after no LIBERO task, or the scene has no such camera.
     """
     require_simulator()
-    targets = _targets(source, out)
-    jobs = [_Job(path, target, source, config) for path, target in targets.items()]  # refuses before it renders
-    return [report for job in jobs for report in job.run(progress or (lambda _: None))]
+    jobs = [_Job(path, target, source, config) for path, target in _targets(source, out).items()]  # refuses early
+    by_label = {job.label: job for job in jobs}
+    tasks = [task for job in jobs for task in job.missing()]
+    total = sum(len(job.names) for job in jobs)
+    done = total - len(tasks)
+    for job in jobs:
+        job.finish_if_over()
+    pool = Pool(count=min(config.workers, max(1, len(tasks))), what="a rendering worker", advice=_ADVICE, tasks_each=1)
+    for _, report in run_tasks(RenderWorker, (config,), tasks, pool):
+        done += 1
+        progress(report, done, total)
+        job = by_label[report.file]
+        job.take(report)
+        job.finish_if_over()
+    return [report for job in jobs for report in job.reports()]
 
 
 def _targets(source: Path, out: Path) -> dict[Path, Path]:
@@ -126,56 +144,52 @@ def _targets(source: Path, out: Path) -> dict[Path, Path]:
     return {path: out / path.relative_to(root) for path in paths}
 
 
-class _Job:
-    """One file and the one it becomes."""
+@dataclass(frozen=True)
+class _RenderTask:
+    """One demonstration to render, into a file of its own."""
 
-    def __init__(self, path: Path, target: Path, source: Path, config: RerenderConfig) -> None:
-        self._path, self._target, self._config = path, target, config
-        self._label = path.name if source.is_file() else str(path.relative_to(source))
-        self._names, self._task, self._digest = demo_names(path), find_task(path), config.digest(path)
-        self._parts = target.with_name(f".{target.name}.parts")
-        self._found: dict[str, tuple[Path, ReplayReport]] = {}
-        if target.exists():
-            self._found = self._finished_in(target)
-            if not self._found:
-                raise InputError(
-                    f"{target} exists and holds something else",
-                    expected="no file there, or one rendered from the same source with the same configuration",
-                    fix=f"render into another folder, or remove it: rm {target}",
-                )
+    path: Path
+    name: str
+    label: str  # of the file, in reports
+    part: Path
+    digest: str
 
-    def run(self, progress: Callable[[ReplayReport], None]) -> list[ReplayReport]:
-        """Render what is missing and join it; returns a report for every demonstration of the source."""
-        if self._target.parent.is_dir():
-            remove_leftovers(self._target.parent)
-        for part in self._parts.glob("demo_*.hdf5"):
-            self._found |= {name: found for name, found in self._finished_in(part).items() if name not in self._found}
-        reports = []
-        rendered = any(file != self._target for file, _ in self._found.values())
-        with LiberoEnv(
-            self._task.suite,
-            self._task.index,
-            cameras=self._config.cameras,
-            height=self._config.height,
-            width=self._config.width,
-        ) as env:
-            for name in self._names:
-                if name in self._found:
-                    reports.append(self._found[name][1])
-                    continue
-                try:
-                    report = self._render(env, read_demo(self._path, name))
-                    rendered = True
-                except SourceDamaged as problem:
-                    report = ReplayReport(self._label, name, damage=f"{problem.what}: {problem.found}")
-                reports.append(report)
-                progress(report)
-        if rendered:
-            self._join()
-        return reports
 
-    def _render(self, env: LiberoEnv, demo: StoredDemo) -> ReplayReport:
-        """Replay one demonstration and keep it in a file of its own."""
+class RenderWorker:
+    """Replays demonstrations; holds the simulator of one LIBERO task at a time."""
+
+    def __init__(self, config: RerenderConfig) -> None:
+        self._config = config
+        self._env: LiberoEnv | None = None
+
+    def start(self) -> None:
+        """Say at once when there is no simulator."""
+        require_simulator()
+
+    def run(self, task: _RenderTask) -> ReplayReport:
+        """Render one demonstration; its part is safe on disk when this returns."""
+        try:
+            return self._render(task, self._simulator(task.path), read_demo(task.path, task.name))
+        except SourceDamaged as problem:
+            return ReplayReport(task.label, task.name, damage=f"{problem.what}: {problem.found}")
+
+    def close(self) -> None:
+        """Free the simulator."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def _simulator(self, path: Path) -> LiberoEnv:
+        wanted = find_task(path)
+        if self._env is None or self._env.task != wanted:
+            self.close()
+            config = self._config
+            self._env = LiberoEnv(
+                wanted.suite, wanted.index, cameras=config.cameras, height=config.height, width=config.width
+            )
+        return self._env
+
+    def _render(self, task: _RenderTask, env: LiberoEnv, demo: StoredDemo) -> ReplayReport:
         wanted, replay = self._config.way, Replay(env, demo)
         way: Way = "states" if wanted == "states" else "actions"
         seen = self._observe(env, demo, replay, way, give_up=wanted == "auto")
@@ -186,7 +200,7 @@ class _Job:
         findings = [decide(means, camera) for camera, means in sums.items() if means]
         orientations = {finding.best if finding.decided else None for finding in findings}
         report = ReplayReport(
-            file=self._label,
+            file=task.label,
             demo=demo.name,
             way=way,
             scene=replay.scene,
@@ -197,7 +211,7 @@ class _Job:
             image_error=sum(finding.error for finding in findings) / len(findings) if findings else None,
             stored_orientation=orientations.pop() if len(orientations) == 1 else None,
         )
-        self._keep(demo, rows, scene_attributes(env) | {"replay": json.dumps(asdict(report))}, report)
+        self._keep(task, rows, scene_attributes(env) | {"replay": json.dumps(asdict(report))})
         return report
 
     def _observe(
@@ -220,22 +234,70 @@ class _Job:
             stored = file[f"data/{demo.name}"].get("obs", {})
             return [camera for camera in self._config.cameras if f"{file_camera_name(camera)}_rgb" in stored]
 
-    def _keep(self, demo: StoredDemo, rows: ObservationRows, attributes: dict[str, Any], report: ReplayReport) -> None:
+    def _keep(self, task: _RenderTask, rows: ObservationRows, attributes: dict[str, Any]) -> None:
         memory = io.BytesIO()
-        with reading(demo.path, demo.name) as source, h5py.File(memory, "w") as file:
+        with reading(task.path, task.name) as source, h5py.File(memory, "w") as file:
             data = file.create_group("data")
-            data.attrs["rerender_digest"] = self._digest
-            source.copy(f"data/{demo.name}", data, demo.name, shallow=True)  # obs without what is in it
-            group = data[demo.name]
+            data.attrs["rerender_digest"] = task.digest
+            source.copy(f"data/{task.name}", data, task.name, shallow=True)  # obs without what is in it
+            group = data[task.name]
             for key in _FROM_REPLAY:
                 group.pop(key, None)
             for name, value in attributes.items():
                 group.attrs[name] = value
             rows.write(group)
-        part = self._parts / f"{demo.name}.hdf5"
-        with atomic_writer(part) as file:
-            file.write(memory.getbuffer())
-        self._found[demo.name] = part, report
+        with atomic_writer(task.part) as part:
+            part.write(memory.getbuffer())
+
+
+class _Job:
+    """One file and the one it becomes: what is done, what is missing, and the joining."""
+
+    def __init__(self, path: Path, target: Path, source: Path, config: RerenderConfig) -> None:
+        find_task(path)  # a file that is named after no task is refused before anything is rendered
+        self._path, self._target, self._config = path, target, config
+        self.label = path.name if source.is_file() else str(path.relative_to(source))
+        self.names, self._digest = demo_names(path), config.digest(path)
+        self._parts = target.with_name(f".{target.name}.parts")
+        self._found: dict[str, tuple[Path, ReplayReport]] = {}
+        self._damaged: dict[str, ReplayReport] = {}
+        if target.exists():
+            self._found = self._finished_in(target)
+            if not self._found:
+                raise InputError(
+                    f"{target} exists and holds something else",
+                    expected="no file there, or one rendered from the same source with the same configuration",
+                    fix=f"render into another folder, or remove it: rm {target}",
+                )
+        if target.parent.is_dir():
+            remove_leftovers(target.parent)
+        for part in self._parts.glob("demo_*.hdf5"):
+            self._found |= {name: found for name, found in self._finished_in(part).items() if name not in self._found}
+
+    def missing(self) -> list[_RenderTask]:
+        """What is to be rendered."""
+        return [
+            _RenderTask(self._path, name, self.label, self._parts / f"{name}.hdf5", self._digest)
+            for name in self.names
+            if name not in self._found
+        ]
+
+    def take(self, report: ReplayReport) -> None:
+        """Count one demonstration in, or as damaged."""
+        if report.damage is None:
+            self._found[report.demo] = self._parts / f"{report.demo}.hdf5", report
+        else:
+            self._damaged[report.demo] = report
+
+    def reports(self) -> list[ReplayReport]:
+        """One for every demonstration of the source, in its order."""
+        return [self._damaged[name] if name in self._damaged else self._found[name][1] for name in self.names]
+
+    def finish_if_over(self) -> None:
+        """Join the new file when every demonstration is there or damaged."""
+        is_over = len(self._found) + len(self._damaged) == len(self.names)
+        if is_over and any(file != self._target for file, _ in self._found.values()):
+            self._join()
 
     def _finished_in(self, path: Path) -> dict[str, tuple[Path, ReplayReport]]:
         """Demonstration -> the file it is in and its report; empty if the file is of another source or setting."""
@@ -267,12 +329,12 @@ class _Job:
                     "num_demos": len(self._found),
                     "total": sum(report.frames for _, report in self._found.values()),
                     "camera_names": json.dumps([file_camera_name(name) for name in self._config.cameras]),
-                    "rerender_config": self._config.model_dump_json(),
+                    "rerender_config": self._config.model_dump_json(exclude={"workers"}),
                     "rerender_digest": self._digest,
                 }
                 for name, value in attributes.items():
                     data.attrs[name] = value
-                for name in self._names:
+                for name in self.names:
                     if name in self._found:
                         with h5py.File(self._found[name][0], "r") as part:
                             part.copy(f"data/{name}", data, name)

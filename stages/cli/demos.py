@@ -1,5 +1,6 @@
 """``geomcache demos``."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +15,13 @@ from geomcache.stages.cli.common import (
     SetOption,
     progress_bar,
     say,
+    show_table,
     show_values,
 )
 
 if TYPE_CHECKING:
     from geomcache.pipeline.sim.recorder import Config, EpisodeReport, RecordSummary
+    from geomcache.pipeline.sim.rerender import ReplayReport
 
 
 def demos(
@@ -30,7 +33,10 @@ def demos(
     noise: Annotated[
         float | None, typer.Option(help="Standard deviation added to the executed motion; labels stay clean.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Simulators side by side; the files are the same.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Simulators side by side (2.5 GB each); same files.")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Instead: replay these HDF5 files and add depth and cameras.")
+    ] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -38,7 +44,13 @@ def demos(
     """Record demonstrations: a scripted expert solves tasks in the real simulator.
 
     Files follow the official LIBERO HDF5 layout, with depth and camera matrices added. Only successes are written.
+
+    With --replay SOURCE nothing is solved: every demonstration of SOURCE (official HDF5) is replayed and rendered again
+    with depth and cameras, and the report says whether each replay matched. Size: --set height=256 --set width=256.
     """
+    if replay is not None:
+        _replay(replay, out, workers, config, sets or [], as_json, recording=(suite, tasks, episodes, seed, noise))
+        return
     from geomcache.configs.load import load_config
     from geomcache.pipeline.files import require_config_slot, write_config
     from geomcache.pipeline.sim.recorder import Config, record
@@ -85,3 +97,49 @@ def attempts_shown(progress: Callable[..., None], settings: "Config") -> "Callab
         progress(sum(demos_of.values()), total, f"task {attempt.task_index}, {failures} failed attempts")
 
     return report
+
+
+def _replay(
+    source: Path,
+    out: Path,
+    workers: int | None,
+    config: str | None,
+    sets: list[str],
+    as_json: bool,
+    *,
+    recording: tuple[object, ...],
+) -> None:
+    from geomcache.cache_schemas.errors import InputError
+    from geomcache.configs.load import load_config
+    from geomcache.pipeline.files import require_config_slot, write_config
+    from geomcache.pipeline.sim.rerender import RerenderConfig, rerender
+
+    if any(option is not None and option != [] for option in recording):
+        raise InputError(
+            "--replay records nothing new",
+            expected="no --suite, --task, --episodes, --seed or --noise beside --replay",
+            fix="leave them out; everything comes from the source's files",
+        )
+    settings = load_config(RerenderConfig, config, sets, {"workers": workers})
+    require_config_slot(out, RerenderConfig)
+    with progress_bar("replaying demonstrations") as progress:
+        reports = rerender(source, out, settings, lambda report, done, total: progress(done, total, report.file))
+    write_config(out, settings)
+    damaged = [report for report in reports if report.damage is not None]
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "demonstrations": [asdict(report) for report in reports]}))
+    else:
+        columns = ["file", "demo", "replayed by", "fixtures from", "state error", "matched", "success", "image error"]
+        show_table(f"replay of {source}", columns, [_replay_line(report) for report in reports])
+    for report in damaged:
+        say(f"left out: {report.file} {report.demo}: {report.damage}")
+    if damaged:
+        raise typer.Exit(EXIT_FINDING)
+
+
+def _replay_line(report: "ReplayReport") -> list[str]:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    values = (report.way, report.scene, number(report.max_state_error), report.matched, report.success)
+    return [report.file, report.demo, *(str(value) for value in values), number(report.image_error)]

@@ -102,7 +102,7 @@ def check(
     """Find out, with the simulator, how a data set stores its images and whether its gripper closes on +1.
 
     HDF5 with simulator states: moments are rendered again and compared under the eight flips and turns. LeRobot: the
-    hand's track must explain what moves. Exit 1 when that contradicts what is declared (--set source.image_orientation).
+    hand's track must explain what moves. Exit 1 when that contradicts the declared --set source.image_orientation.
     """
     from geomcache.configs.load import load_config
     from geomcache.configs.schema import PackConfig

@@ -15,6 +15,26 @@ def box_points(size: tuple[float, float, float], center: tuple[float, float, flo
     return np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 3)
 
 
+def bowl_points() -> NDArray[np.float64]:
+    """A bowl of libero_spatial's size: 5.5 cm of radius and 5.2 cm high."""
+    angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
+    rings = [(0.03 + 0.48 * z, z) for z in np.linspace(0, 0.052, 27)]
+    return np.array([[r * np.cos(a), r * np.sin(a), z] for r, z in rings for a in angles])
+
+
+def turned(points_N3: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
+    c, s = np.cos(angle), np.sin(angle)
+    return np.asarray(points_N3 @ np.array([[c, s, 0.0], [-s, c, 0.0], [0.0, 0.0, 1.0]]), dtype=np.float64)
+
+
+def drawer_points() -> NDArray[np.float64]:
+    """Walls of an open drawer, 20 cm x 15 cm inside, 6 mm above the bowl's rim."""
+    height = 0.058
+    sides = [box_points((0.005, 0.16, height), (x, 0.0, height / 2)) for x in (-0.1025, 0.1025)]
+    ends = [box_points((0.21, 0.005, height), (0.0, y, height / 2)) for y in (-0.0775, 0.0775)]
+    return np.concatenate([*sides, *ends])
+
+
 def test_a_thin_box_is_grasped_across_its_narrow_side() -> None:
     grasp = expert_plan.plan_grasp(box_points((0.04, 0.12, 0.10), (0.1, 0.2, 0.05)), NOTHING, BASE)
     assert not grasp.is_rim
@@ -51,16 +71,13 @@ def test_a_neighbour_turns_the_hand() -> None:
 
 
 def test_a_bowl_is_grasped_by_its_rim_with_radial_fingers() -> None:
-    angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
-    rings = [(0.03 + 0.5 * z, z) for z in np.linspace(0, 0.05, 26)]
-    bowl = np.array([[r * np.cos(a), r * np.sin(a), z] for r, z in rings for a in angles])
-    grasp = expert_plan.plan_grasp(bowl, NOTHING, BASE)
+    grasp = expert_plan.plan_grasp(bowl_points(), NOTHING, BASE)
     assert grasp.is_rim
     radius = np.linalg.norm(grasp.point_3[:2])
-    assert 0.04 < radius < 0.055
+    assert 0.04 < radius < 0.056
     radial = grasp.point_3[:2] / radius
     assert abs(radial @ expert_plan.closing_axis(grasp.yaw)) == pytest.approx(1.0)
-    assert grasp.point_3[2] == pytest.approx(0.05 - expert_plan.RIM_GRASP_UNDER_TOP)
+    assert grasp.point_3[2] == pytest.approx(0.052 - expert_plan.RIM_GRASP_UNDER_TOP)
 
 
 def test_heights_clear_the_target() -> None:
@@ -70,38 +87,15 @@ def test_heights_clear_the_target() -> None:
     assert expert_plan.carry_height(grasp, 0.14) >= 0.14 + grasp.over_bottom + 0.05
 
 
-def bowl_points(center: tuple[float, float, float]) -> NDArray[np.float64]:
-    """A bowl of libero_spatial's size: 5.5 cm of radius and 5.2 cm high."""
-    angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
-    rings = [(0.03 + 0.48 * z, z) for z in np.linspace(0, 0.052, 27)]
-    return np.asarray([[r * np.cos(a), r * np.sin(a), z] for r, z in rings for a in angles]) + np.array(center)
-
-
-def drawer_points(turn: float) -> NDArray[np.float64]:
-    """Walls of an open drawer, 20 cm x 15 cm inside, 6 mm above the bowl's rim, turned about the vertical."""
-    height = 0.058
-    sides = [box_points((0.005, 0.16, height), (x, 0.0, height / 2)) for x in (-0.1025, 0.1025)]
-    ends = [box_points((0.21, 0.005, height), (0.0, y, height / 2)) for y in (-0.0775, 0.0775)]
-    points = np.concatenate([*sides, *ends])
-    c, s = np.cos(turn), np.sin(turn)
-    return points @ np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]).T
-
-
-def hand_frame(points_N3: NDArray[np.float64], at_3: NDArray[np.float64], yaw: float) -> NDArray[np.float64]:
-    """Points as the hand sees them: y along its closing axis, z upwards."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    return (points_N3 - at_3) @ np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
-
-
 @pytest.mark.parametrize("degrees", [0, 24, 57, 90, 130])
 def test_a_bowl_in_a_drawer_is_grasped_without_touching_the_walls(degrees: int) -> None:
-    bowl, walls = bowl_points((0.0, 0.0, 0.0)), drawer_points(np.deg2rad(degrees))
+    bowl, walls = bowl_points(), turned(drawer_points(), np.deg2rad(degrees))
     free = expert_plan.plan_grasp(bowl, NOTHING, BASE)
     np.testing.assert_array_equal(free.entry_3, free.point_3)
     grasp = expert_plan.plan_grasp(bowl, walls, BASE)
     # The Panda's open hand in robosuite, from its collision meshes: fingers end 66 mm from the middle and 10 mm below
     # the point, the palm is 208 mm x 64 mm and begins 31 mm above the point.
-    x, y, z = hand_frame(walls, grasp.entry_3, grasp.yaw).T
+    x, y, z = turned(walls - grasp.entry_3, -grasp.yaw).T  # as the hand sees them: it closes along y
     x, y = np.abs(x), np.abs(y)
     assert not ((x < 0.012) & (y < 0.066) & (z > -0.010)).any(), "a finger comes down on a wall"
     assert not ((x < 0.032) & (y < 0.104) & (z > 0.031)).any(), "the palm comes down on a wall"

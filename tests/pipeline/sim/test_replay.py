@@ -205,14 +205,14 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def rendered(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Rendered:
-    def kill(_: ReplayReport) -> None:
+    def kill(*_: object) -> None:
         raise Killed
 
     out, told = tmp_path_factory.mktemp("rendered"), list[str]()
     with pytest.raises(Killed):
         rerender(source, out, RERENDER, kill)
     left = sorted(str(path.relative_to(out)) for path in out.rglob("*.hdf5"))
-    reports = rerender(source, out, RERENDER, lambda report: told.append(report.demo))
+    reports = rerender(source, out, RERENDER, lambda report, *_: told.append(report.demo))
     return Rendered(out, left, {f"{Path(r.file).parent}/{r.demo}": r for r in reports}, told)
 
 
