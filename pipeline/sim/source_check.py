@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.contract import ImageOrientation
-from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.errors import ContractMismatch, InputError
 from geomcache.pipeline.interfaces import FrameSource
 from geomcache.pipeline.open_source import SourceRequest, open_source, resolve
 from geomcache.pipeline.orientation_track import (
@@ -23,9 +23,11 @@ from geomcache.pipeline.orientation_track import (
     wrist_camera_errors,
 )
 from geomcache.pipeline.sim.agentview_camera import AGENTVIEW, WRIST, scene_cameras
+from geomcache.pipeline.sim.observation_time import observation_time
 from geomcache.pipeline.sim.orientation_by_replay import find_orientation
 from geomcache.pipeline.sim.orientation_finding import OrientationFinding, agreed_orientation, decide
 from geomcache.pipeline.sources import libero_hdf5
+from geomcache.pipeline.sources.libero_hdf5 import ObservationTime
 
 _EVERY = 4  # rows between the frames that a track is told by
 _ROWS_AT_ONCE = 64
@@ -45,6 +47,18 @@ class SourceCheck:
     found: ImageOrientation
     findings: tuple[tuple[str, OrientationFinding], ...]  # (episodes, finding)
     gripper: GripperAgreement
+    declared_observation: str | None = None  # HDF5: obs[j] relative to actions[j]
+    found_observation: ObservationTime | None = None  # None: the file does not tell
+
+    @property
+    def observation_agrees(self) -> bool:
+        """Whether rows pair each observation with the action that answers it."""
+        return self.found_observation is None or self.found_observation == self.declared_observation
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing contradicts the declaration."""
+        return self.orientation_agrees and self.gripper_agrees and self.observation_agrees
 
     @property
     def orientation_agrees(self) -> bool:
@@ -84,6 +98,8 @@ def check_source(request: SourceRequest, episodes: int, progress: Callable[[int,
         found=agreed_orientation([finding for _, finding in findings], where=as_stored.location),
         findings=tuple(findings),
         gripper=_gripper(as_stored, chosen),
+        declared_observation=as_stored.details.get("observation"),
+        found_observation=_observation_time(as_stored, chosen),
     )
 
 
@@ -144,3 +160,18 @@ def _gripper(source: FrameSource, episodes: Sequence[int]) -> GripperAgreement:
     switches = sum(one.switches for one in found)
     score = sum(one.score * one.switches for one in found) / switches if switches else 0.0
     return GripperAgreement(score, switches)
+
+
+def _observation_time(source: FrameSource, episodes: Sequence[int]) -> ObservationTime | None:
+    """What the episodes that tell say; they are of one data set and so of one kind."""
+    if not isinstance(source, libero_hdf5.Source):
+        return None
+    told = {observation_time(*source.demonstration(episode)) for episode in episodes} - {None}
+    if len(told) > 1:
+        raise ContractMismatch(
+            f"{source.location}: files of two kinds",
+            expected="observations taken before every action, or after",
+            found="both",
+            fix="pack the official and the no-noops files as two sources",
+        )
+    return told.pop() if told else None

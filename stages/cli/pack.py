@@ -113,7 +113,7 @@ def check(
     with progress_bar("looking at episodes") as progress:
         found = check_source(request, episodes, progress)
     if as_json:
-        typer.echo(json.dumps({**asdict(found), "agrees": found.orientation_agrees and found.gripper_agrees}))
+        typer.echo(json.dumps({**asdict(found), "agrees": found.agrees}))
     else:
         show_table(
             f"{found.location}: {found.way}",
@@ -124,6 +124,9 @@ def check(
             ],
         )
         typer.echo(f"gripper: {found.gripper.switches} switches, agreement {found.gripper.score:+.2f} (of -1 to 1)")
+        if found.declared_observation is not None:
+            told = found.found_observation or "not told by the joints"
+            typer.echo(f"observations are taken: {told}; declared: {found.declared_observation}")
         typer.echo(f"images are stored as {found.found}; declared: {found.declared}")
     _require_declared(found)
 
@@ -134,7 +137,9 @@ def _require_declared(found: "SourceCheck") -> None:
         say(f"the declaration is wrong; pack with --set source.image_orientation={found.found}")
     if not found.gripper_agrees:
         say("the gripper's sign is wrong: the fingers open when they are told to close; see --set source.gripper_sign")
-    if not (found.orientation_agrees and found.gripper_agrees):
+    if not found.observation_agrees:
+        say(f"rows are one step off; pack with --set source.observation={found.found_observation}")
+    if not found.agrees:
         raise typer.Exit(EXIT_FINDING)
 
 

@@ -20,9 +20,9 @@ TASK_INDEX = 7  # whose instruction is the data set writer's first
 
 
 @pytest.fixture(scope="module")
-def seen() -> tuple[Recorded, np.ndarray]:
-    """One episode of big motions, as the simulator shows it, and its flat states; row t is before action t."""
-    images, states, actions, flat = [], [], [], []
+def seen() -> tuple[Recorded, np.ndarray, np.ndarray]:
+    """One episode of big motions as the simulator shows it, flat states, joints; row t is before action t."""
+    images, states, actions, flat, joints = [], [], [], [], []
     with LiberoEnv("libero_object", TASK_INDEX, height=64, width=64, depth=False) as env:
         env.reset(5, 2)
         for x, y, z, turn, gripper in MOVES:
@@ -31,18 +31,25 @@ def seen() -> tuple[Recorded, np.ndarray]:
                 images.append(observed.frame.images_BVHWC[0])
                 states.append(observed.state_S)
                 flat.append(env.flat_state())
+                joints.append(env.proprioception().joint_pos_7)
                 actions.append(np.array([x, y, z, 0, 0, turn, gripper], dtype=np.float32))
                 env.step(actions[-1])
         assert env.instruction == TASKS[0]
-    return Recorded(Path(), [np.stack(images)], [np.stack(states)], [np.stack(actions)], [TASKS[0]]), np.stack(flat)
+    return (
+        Recorded(Path(), [np.stack(images)], [np.stack(states)], [np.stack(actions)], [TASKS[0]]),
+        np.stack(flat),
+        np.stack(joints),
+    )
 
 
 def check(path: Path, **settings: str) -> SourceCheck:
     return check_source(SourceRequest(path=str(path), settings=settings), 4, nothing)
 
 
-def test_a_lerobot_set_is_found_out_from_its_pictures(seen: tuple[Recorded, np.ndarray], tmp_path: Path) -> None:
-    recorded, _ = seen
+def test_a_lerobot_set_is_found_out_from_its_pictures(
+    seen: tuple[Recorded, np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    recorded, _, _ = seen
     turned = [images[:, :, :, ::-1] for images in recorded.images_TVHWC]  # the community's rot180
     stored = Recorded(tmp_path, turned, recorded.states_TS, recorded.actions_TA, recorded.instructions)
     write_data_set(tmp_path / "libero", images="mp4", recorded=stored)
@@ -57,8 +64,8 @@ def test_a_lerobot_set_is_found_out_from_its_pictures(seen: tuple[Recorded, np.n
     assert (wrong.found, wrong.orientation_agrees) == ("rot180", False)
 
 
-def test_a_swapped_gripper_sign_is_found_out(seen: tuple[Recorded, np.ndarray], tmp_path: Path) -> None:
-    recorded, _ = seen
+def test_a_swapped_gripper_sign_is_found_out(seen: tuple[Recorded, np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    recorded, _, _ = seen
     swapped = recorded.actions_TA[0] * np.array([1, 1, 1, 1, 1, 1, -1], dtype=np.float32)
     stored = Recorded(tmp_path, recorded.images_TVHWC, recorded.states_TS, [swapped], recorded.instructions)
     write_data_set(tmp_path / "libero", recorded=stored)
@@ -66,16 +73,22 @@ def test_a_swapped_gripper_sign_is_found_out(seen: tuple[Recorded, np.ndarray], 
     assert (found.orientation_agrees, found.gripper_agrees) == (True, False)
 
 
-def test_an_hdf5_file_is_found_out_from_its_states(seen: tuple[Recorded, np.ndarray], tmp_path: Path) -> None:
+def test_an_hdf5_file_is_found_out_from_its_states(
+    seen: tuple[Recorded, np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
     """A file of the no-noops kind (no attributes, observations before actions) that somebody stored upside down."""
-    recorded, flat = seen
+    recorded, flat, joints = seen
     path = tmp_path / f"{suites.task_info('libero_object', TASK_INDEX).name}_demo.hdf5"
     with h5py.File(path, "w") as file:
         demo = file.create_group("data/demo_0")
         demo["actions"], demo["states"] = recorded.actions_TA[0], flat
+        demo["obs/joint_states"] = joints
         demo["obs/ee_states"], demo["obs/gripper_states"] = recorded.states_TS[0][:, :6], recorded.states_TS[0][:, 6:]
         for view, name in enumerate(("agentview", "eye_in_hand")):
             demo[f"obs/{name}_rgb"] = recorded.images_TVHWC[0][:, view, ::-1, ::-1]
     found = check(path)
     assert (found.declared, found.found, found.orientation_agrees) == ("bottom_up", "upside_down", False)
-    assert check(path, image_orientation="upside_down").orientation_agrees
+    right = check(path, image_orientation="upside_down")
+    assert (right.found_observation, right.agrees) == ("before_action", True)
+    wrong = check(path, image_orientation="upside_down", observation="after_action")
+    assert (wrong.orientation_agrees, wrong.observation_agrees, wrong.agrees) == (True, False, False)
