@@ -7,11 +7,12 @@ import pytest
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import InputError, UnknownName
-from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth, unproject
+from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
 from geomcache.pipeline.orientation import to_upright
-from geomcache.pipeline.sim import scene_geometry, suites
+from geomcache.pipeline.sim import suites
 from geomcache.pipeline.sim.libero_env import SETTLE_ACTION, LiberoEnv
 from geomcache.pipeline.sim.system import quiet_simulator, require_simulator
+from tests.pipeline.sim.objects_seen import ObjectsSeen
 
 pytestmark = pytest.mark.sim
 
@@ -118,41 +119,21 @@ def test_observation_follows_the_contract(env: LiberoEnv) -> None:
     assert np.linalg.norm(env.robot_base_pose()[:3, 3]) > 0.1  # so base-relative differs from world
 
 
-def fraction_in_box(env: LiberoEnv, name: str, turn: str) -> float:
-    """Of an object's segmented pixels, the share whose unprojected point lies in its mesh box +- 6 mm.
-
-    Pixels on its silhouette are left out: the renderer's antialiasing mixes two depths there.
-    """
-    view = env.raw_camera("agentview")
-    near, far = env.depth_range()
-    upright = metric_depth(to_upright(view.zbuffer_HW, "bottom_up", row_axis=0), near, far)
-    segments = env.segment("agentview")
-    if turn == "mirrored":
-        upright, segments = upright[:, ::-1], segments[:, ::-1]
-    (geom,) = scene_geometry.visual_geoms(env.simulator, name)
-    mine = segments == geom
-    inner = mine.copy()
-    for axis, way in ((0, 1), (0, -1), (1, 1), (1, -1)):
-        inner &= np.roll(mine, way, axis=axis)
-    points = unproject(upright, view.intrinsics_33, view.extrinsics_world_44)[inner]
-    assert len(points) > 20
-    position, rotation = env.observed_geom_pose(geom)
-    box = scene_geometry.bounds(scene_geometry.mesh_vertices(env.simulator, geom))
-    local = (points - position) @ rotation
-    inside = (local > box.low_3 - 0.006).all(axis=1) & (local < box.high_3 + 0.006).all(axis=1)
-    return float(inside.mean())
-
-
 def test_images_are_upright_and_not_mirrored(env: LiberoEnv) -> None:
     # 256 pixels, so that small objects have an inside; a second simulator must not disturb the shared one.
     env.reset(0, 0, settle_steps=1)
     shared = env.observe()
     with LiberoEnv("libero_object", 0, cameras=("agentview",), height=256, width=256) as fine:
         fine.reset(0, 0)
+        view, segments = fine.raw_camera("agentview"), fine.segment("agentview")
+        z_buffer = to_upright(view.zbuffer_HW, "bottom_up", row_axis=0)
+        seen = ObjectsSeen(
+            fine, metric_depth(z_buffer, *fine.depth_range()), segments, view.intrinsics_33, view.extrinsics_world_44
+        )
         for name in ("alphabet_soup_1", "milk_1", "basket_1", "butter_1"):
-            assert fraction_in_box(fine, name, "upright") >= 0.99
+            assert seen.fraction_in_box(name) >= 0.99
         for name in ("alphabet_soup_1", "milk_1", "basket_1"):
-            assert fraction_in_box(fine, name, "mirrored") < 0.1
+            assert seen.mirrored().fraction_in_box(name) < 0.1
         np.testing.assert_array_equal(env.observe().frame.images_BVHWC, shared.frame.images_BVHWC)
     np.testing.assert_array_equal(env.observe().frame.images_BVHWC, shared.frame.images_BVHWC)
 

@@ -12,9 +12,12 @@ import pytest
 
 from geomcache.cache_schemas.errors import InputError
 from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
+from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.sim import demo_file, recorder
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.recorder import Config, EpisodeReport, RecordSummary, record
+from tests.conftest import build_pack_at
+from tests.pipeline.sim.objects_seen import ObjectsSeen
 
 pytestmark = pytest.mark.sim
 
@@ -135,6 +138,35 @@ def test_timing_states_before_and_observations_after_the_action(recording: Recor
             state = np.concatenate([ee_states[j], fingers[j]]).astype(np.float32)
             np.testing.assert_array_equal(seen.state_S, state)
     assert success
+
+
+def test_a_packed_frame_shows_objects_where_they_are(recording: Recording, env: LiberoEnv, tmp_path: Path) -> None:
+    """Its depth, unprojected with its matrices, lies in the objects' boxes; the mirror image's does not."""
+    out, summary, _ = recording
+    row = 30
+    with PackReader(build_pack_at(out, tmp_path / "pack", 64)) as pack, h5py.File(summary.files[0], "r") as file:
+        frames = pack.frames([row])
+        executed = demo_of(file)["actions_executed"][:]
+    assert frames.depth_BVHW is not None
+    assert frames.intrinsics_BV33 is not None
+    assert frames.extrinsics_BV44 is not None
+    env.reset(5, 1, settle_steps=9)
+    for action in executed[: row + 1]:
+        env.step(action)
+    seen = ObjectsSeen(
+        env,
+        frames.depth_BVHW[0, 0],
+        env.segment("agentview"),
+        frames.intrinsics_BV33[0, 0],
+        env.robot_base_pose() @ frames.extrinsics_BV44[0, 0],
+    )
+    movable = env.simulator.objects_dict
+    large = [name for name in movable if seen.pixels(name).sum() > 20 and seen.mirrored().pixels(name).sum() > 20]
+    assert len(large) >= 2
+    assert min(seen.fraction_in_box(name) for name in large) >= 0.99
+    mirrored = [seen.mirrored().fraction_in_box(name) for name in large]
+    assert max(mirrored) < 0.5  # an object near the mirror's axis keeps a quarter of its pixels
+    assert min(mirrored) < 0.01
 
 
 def test_a_finished_file_is_kept_and_another_recording_refused(
