@@ -32,6 +32,7 @@ from geomcache.pipeline.pack.format import EPISODE_SCHEMA, PARTS_FOLDER, part_na
 from geomcache.pipeline.pack.plan import PackPlan, Progress, make_plan, require_common_contract
 from geomcache.pipeline.pack.shard_writer import PackWorker, ShardTask, Undecodable, finished_part
 from geomcache.pipeline.ray_workers import Pool, run_tasks
+from geomcache.pipeline.sources._hub import commit_of
 
 _REQUEST_NAME = "pack.request.json"
 _ADVICE = "give it more memory: fewer --workers; finished shards are kept"
@@ -84,12 +85,13 @@ def build_pack(
 
 def _record(request: SourceRequest, source: FrameSource) -> SourceRecord:
     assert request.kind is not None
+    commit = commit_of(Path(request.path))
     return SourceRecord(
         kind=request.kind,
         location=source.location,
         revision=source.revision,
         settings=request.settings,
-        details=dict(source.details),
+        details={**source.details, **({"hub commit": commit} if commit else {})},
     )
 
 

@@ -35,11 +35,23 @@ def resolve(text: str) -> Path:
 
 def location_of(path: Path) -> str:
     """The data set's name without the machine's path: ``owner/name`` of a hub snapshot, else the folder's name."""
+    found = _snapshot_in(path)
+    return found[0] if found else path.resolve().name
+
+
+def commit_of(path: Path) -> str | None:
+    """The hub's commit that ``path`` is a snapshot of; None if it is none."""
+    found = _snapshot_in(path)
+    return found[1] if found else None
+
+
+def _snapshot_in(path: Path) -> tuple[str, str] | None:
+    """(owner/name, commit) of a hub snapshot."""
     folder = path.resolve()
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith(_PREFIX):
-        return repository.removeprefix(_PREFIX).replace("--", "/")
-    return folder.name
+        return repository.removeprefix(_PREFIX).replace("--", "/"), folder.name
+    return None
 
 
 def _snapshot(name: str, revision: str | None) -> Path:

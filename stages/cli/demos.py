@@ -129,7 +129,16 @@ def _replay(
     if as_json:
         typer.echo(json.dumps({"out": str(out), "demonstrations": [asdict(report) for report in reports]}))
     else:
-        columns = ["file", "demo", "replayed by", "fixtures from", "state error", "actions matched", "success", "image error"]
+        columns = [
+            "file",
+            "demo",
+            "replayed by",
+            "fixtures from",
+            "state error",
+            "actions matched",
+            "success",
+            "image error",
+        ]
         show_table(f"replay of {source}", columns, [_replay_line(report) for report in reports])
     for report in damaged:
         say(f"left out: {report.file} {report.demo}: {report.damage}")

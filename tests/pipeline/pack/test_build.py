@@ -12,6 +12,7 @@ from geomcache.pipeline.no_ops import rows_kept
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.stages.cli.pack import build_from
 from tests.conftest import LENGTHS, TASK, build_pack_at, nothing, pack_config, write_demo_file
+from tests.lerobot_files import TASKS, Recorded, write_data_set
 
 ROWS = sum(LENGTHS) - len(LENGTHS)
 
@@ -115,6 +116,29 @@ def test_a_damaged_episode_stops_the_build_or_is_left_out_by_name(tmp_path: Path
         np.testing.assert_array_equal(pack.actions_NA[LENGTHS[0] - 1 :], demo["actions"][1:].astype(np.float32))
         np.testing.assert_array_equal(pack.images([info.rows - 1])[0, 0], demo["obs/agentview_rgb"][-2][::-1])
         assert pack.verify(nothing) == []
+
+
+def test_hdf5_and_lerobot_sets_share_a_pack_and_say_what_they_are(tmp_path: Path) -> None:
+    """The same conventions after each source's own border: bottom-up raw frames, and frames turned by 180 degrees."""
+    demos = write_demo_file(tmp_path / "task_demo.hdf5", depth=False)
+    with h5py.File(demos) as file:
+        raw = [file[f"data/demo_{i}/obs/{name}_rgb"][:] for i in (0,) for name in ("agentview", "eye_in_hand")]
+    turned = np.rot90(np.stack(raw, axis=1), 2, axes=(2, 3))
+    length = len(turned)
+    states, actions = np.full((length, 8), 0.01, np.float32), np.zeros((length, 7), np.float32)
+    actions[:, 6], actions[:, 0] = -1.0, np.linspace(0, 1, length)
+    stored = Recorded(tmp_path, [turned], [states], [actions], [TASKS[0]])
+    write_data_set(tmp_path / "libero_object_lerobot", recorded=stored)
+    settings = pack_config(demos, tmp_path / "libero_object_lerobot", out=tmp_path / "pack")
+    info, _ = build_from(settings, nothing)
+    assert [source.kind for source in info.request.sources] == ["libero_hdf5", "lerobot"]
+    card = (settings.out / "README.md").read_text()
+    assert "LeRobot v3.0" in card
+    assert "image_orientation rot180" in card
+    with PackReader(settings.out) as pack:
+        both = pack.images([0, ROWS])  # the first rows of the first episode of each
+        np.testing.assert_array_equal(both[0], both[1])
+        assert pack.instruction(ROWS) == TASKS[0]
 
 
 def test_a_demonstration_that_is_there_twice_is_refused(demo_file: Path, tmp_path: Path) -> None:

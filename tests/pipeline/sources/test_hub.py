@@ -49,6 +49,7 @@ def test_files_already_downloaded_are_used_and_named_by_owner_and_name(cache: Pa
     assert path == cache / "datasets--owner--libero_object/snapshots" / COMMIT
     source = Source(Config(path=path))
     assert (source.location, source.head(0).suite) == ("owner/libero_object", "libero_object")
+    assert _hub.commit_of(path) == COMMIT
     assert len(source.read(0, 0, 4)) == 4
     assert Source(Config(path=_hub.resolve("owner/libero_object@v2.1"))).episode_count == 2
     assert Source(Config(path=_hub.resolve(f"owner/libero_object@{OTHER}"))).episode_count == 2
@@ -60,6 +61,7 @@ def test_an_existing_path_is_itself(cache: Path, tmp_path: Path) -> None:
     assert _hub.resolve("owner/name") == Path("owner/name")  # the folder comes before the hub
     assert _hub.resolve(str(tmp_path / "demo.hdf5")) == tmp_path / "demo.hdf5"
     assert _hub.location_of(tmp_path / "owner/name") == "name"
+    assert _hub.commit_of(tmp_path / "owner/name") is None
     assert _hub.location_of(cache / "models--owner--name/snapshots" / COMMIT) == COMMIT
 
 
