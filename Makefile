@@ -57,7 +57,7 @@ bench: install
 	$(BIN)/python benchmarks/frames.py --json runs/benchmarks/frames.json
 
 demo-table: install
-	$(BIN)/python benchmarks/demo_table.py --states 50 --out docs/demo_table.md
+	$(BIN)/python benchmarks/demo_table.py --states 50 --noise 0 0.1 --out docs/demo_table.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

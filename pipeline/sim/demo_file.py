@@ -33,7 +33,7 @@ from geomcache.pipeline.sim.suites import TaskInfo
 from geomcache.pipeline.sim.system import quiet_simulator
 
 RECORDED_BY = "geomcache scripted expert"
-RECORDER_VERSION = 1  # raise it when the same configuration would record something else
+RECORDER_VERSION = 2  # raise it when the same configuration would record something else
 SETTLE_STEPS = 10  # no-ops before the expert acts; only the last is recorded
 CAP_INDEX = 0  # recorded steps that were dropped at the start; LIBERO's own script drops 5
 

@@ -278,9 +278,6 @@ def plan_episode(env: LiberoEnv, seed: int, init: int, noise: float) -> Plan | N
     return None
 
 
-_plan = plan_episode  # for the helper's table; removed when it is in
-
-
 def _replay(env: LiberoEnv, plan: Plan, attempt: int, seed: int, init: int, config: Config) -> Demo:
     """Execute the plan again, rendering after every step, and prove that it is the same episode."""
     _start(env, seed, init, demo_file.SETTLE_STEPS)
