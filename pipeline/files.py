@@ -1,5 +1,7 @@
 """Writing files so that a reader never sees half of one: temporary name, fsync, rename, fsync of the folder."""
 
+import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -99,6 +101,36 @@ def sync_file(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` this process's to write into, for the length of a block.
+
+    The lock is on the folder itself, so no file is left and a killed process holds nothing. A file system that cannot
+    lock is written without.
+
+    Raises:
+        InputError: another process is writing there.
+    """
+    make_folder(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise InputError(
+                f"another process is writing into {folder}",
+                expected="one at a time",
+                found="its lock",
+                fix="wait until it has finished, or choose another --out",
+            ) from problem
+        except OSError as problem:
+            if problem.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.EINVAL):
+                raise
+        yield
     finally:
         os.close(handle)
 

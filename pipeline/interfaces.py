@@ -44,6 +44,8 @@ class FrameSource(Protocol):
     @property
     def episode_count(self) -> int: ...  # damaged ones included
 
+    def where(self, episode: int) -> str: ...  # file and episode as a person finds them, without the machine's folders
+
     def head(self, episode: int) -> EpisodeHead: ...  # raises SourceDamaged
 
     def read(self, episode: int, start: int, stop: int) -> EpisodeRows: ...  # rows start..stop-1; raises SourceDamaged

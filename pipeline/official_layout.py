@@ -1,6 +1,7 @@
 """Names of the official LIBERO HDF5 layout that its reader and our recorder share; needs no simulator."""
 
 import re
+from typing import Literal, get_args
 
 # The files drop the simulator's prefix from the wrist camera's name.
 _FILE_CAMERA_NAMES = {"robot0_eye_in_hand": "eye_in_hand"}
@@ -22,9 +23,11 @@ def instruction_of(task: str) -> str:
 
 
 SUFFIXES = (".hdf5", ".h5")  # of files in the official layout
-_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+SuiteName = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90", "unknown"]
 
 
 def suite_named_in(text: str) -> str:
     """The suite that a folder's or data set's name mentions; "unknown" if it mentions none."""
-    return next((suite for suite in _SUITES if re.search(rf"{suite}(?![0-9a-z])", text.lower())), "unknown")
+    return next(
+        (suite for suite in get_args(SuiteName)[:-1] if re.search(rf"{suite}(?![0-9a-z])", text.lower())), "unknown"
+    )

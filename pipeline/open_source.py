@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
@@ -19,6 +19,13 @@ class SourceRequest(Schema):
     path: str  # a file, a folder, or a hub data set: owner/name or owner/name@revision
     kind: str | None = None  # plug-in; None: told by what is there
     settings: dict[str, Any] = Field(default_factory=dict)  # the plug-in's own, e.g. cameras
+
+    @field_validator("settings")
+    @classmethod
+    def _path_stands_beside(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if "path" in settings:
+            raise ValueError("the path is the SOURCE itself, not a setting of it")
+        return settings
 
 
 def resolve(request: SourceRequest) -> SourceRequest:
@@ -49,7 +56,7 @@ def _kind_of(path: Path) -> str:
         return "libero_hdf5"
     if (path / "meta" / "info.json").exists():
         return "lerobot"
-    if any(next(path.rglob(f"*{suffix}"), None) for suffix in SUFFIXES):
+    if any(next(path.rglob(f"[!.]*{suffix}"), None) for suffix in SUFFIXES):
         return "libero_hdf5"
     raise InputError(
         f"{path} holds no data set that geomcache knows",

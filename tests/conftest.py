@@ -36,7 +36,7 @@ def nothing(*_: Any) -> None:
 def write_demo_file(path: Path, *, depth: bool = True, seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> Path:
     """An official-layout file by independent code: images are smooth and differ per step, actions follow the state."""
     rng = np.random.default_rng(seed)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
         data.attrs["problem_info"] = json.dumps({"language_instruction": "Pick the alphabet soup"})

@@ -81,7 +81,8 @@ class Encoder:
                 "encoder oracle_pointmap needs metric depth and camera matrices",
                 expected="frames with depth and cameras (has_depth: true)",
                 found="a contract without depth (has_depth: false)",
-                fix="record with `geomcache demos`, or choose an encoder that needs images only",
+                fix="official HDF5: `geomcache demos --replay SOURCE --out DIR` adds them; or record with "
+                "`geomcache demos`, or choose an encoder that needs images only",
             )
         self._frame_hw = frame_size(contract, "oracle_pointmap")
         if config.grid[0] > self._frame_hw[0] or config.grid[1] > self._frame_hw[1]:

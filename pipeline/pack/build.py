@@ -6,13 +6,13 @@ index was made by the same plan is not made again.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
-from geomcache.cache_schemas.errors import InputError, PackDamaged
-from geomcache.cache_schemas.fingerprint import digest_file
+from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.fingerprint import digest_file, digest_json
 from geomcache.cache_schemas.layout import shard_rows
 from geomcache.cache_schemas.pack_info import (
     EPISODES_NAME,
@@ -24,17 +24,19 @@ from geomcache.cache_schemas.pack_info import (
     PackRequest,
     SourceRecord,
 )
-from geomcache.pipeline.files import atomic_writer, remove_leftovers, require_own_folder, write_atomic
+from geomcache.pipeline.files import atomic_writer, locked_folder, remove_leftovers, require_own_folder, write_atomic
 from geomcache.pipeline.interfaces import FrameSource
 from geomcache.pipeline.open_source import SourceRequest, open_source, resolve
 from geomcache.pipeline.pack.card import data_card
 from geomcache.pipeline.pack.format import EPISODE_SCHEMA, PARTS_FOLDER, part_name, row_schema
-from geomcache.pipeline.pack.plan import PackPlan, Progress, make_plan, require_common_contract
+from geomcache.pipeline.pack.plan import PackPlan, Planner, Progress, one_line, require_common_contract
+from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.pack.shard_writer import PackWorker, ShardTask, Undecodable, finished_part
 from geomcache.pipeline.ray_workers import Pool, run_tasks
 from geomcache.pipeline.sources._hub import commit_of
 
 _REQUEST_NAME = "pack.request.json"
+_DAMAGED_NAME = f"{PARTS_FOLDER}/damaged.json"
 _ADVICE = "give it more memory: fewer --workers; finished shards are kept"
 
 
@@ -51,15 +53,15 @@ def build_pack(
     """Write a pack; returns (card, True when it already stood). ``progress`` is told (done, in all, of what).
 
     Raises:
-        InputError: ``out`` holds something else, or a pack of other sources.
+        InputError: ``out`` holds something else, or a pack of other sources; another process is writing there.
         ContractMismatch: the sources follow different conventions.
         SourceDamaged: see the source; not with ``skip_damaged``.
     """
     require_own_folder(out, lambda folder: (folder / _REQUEST_NAME).exists(), "a pack")
     resolved = [resolve(request) for request in requests]
     sources = [open_source(request) for request in resolved]
-    progress(0, 0, "digesting the sources")
     require_common_contract(sources)
+    progress(0, 0, "digesting the sources")
     request = PackRequest(
         sources=tuple(_record(*pair) for pair in zip(resolved, sources, strict=True)),
         contract=sources[0].contract,
@@ -67,20 +69,17 @@ def build_pack(
         no_ops=no_ops,
         skip_damaged=skip_damaged,
     )
-    _require_same_request(out, request)
-    if (out / PACK_NAME).exists():
-        return PackInfo.read(out / PACK_NAME, PackDamaged), True
-    undecodable: dict[tuple[int, int], str] = {}
-    while True:
-        plan = make_plan(request, sources, undecodable, progress)
+    if (standing := _standing(out, request)) is not None:
+        return standing, True
+    folders = [str(path) for one in resolved for path in (Path(one.path).resolve().parent, Path(one.path).parent)]
+    planner = Planner(request, sources, folders)
+    planner.plan({}, progress)  # a build that is refused claims no folder
+    with locked_folder(out):
+        if (standing := _standing(out, request)) is not None:  # made while we waited to plan
+            return standing, True
         write_atomic(out / _REQUEST_NAME, request.model_dump_json(indent=2))
         remove_leftovers(out)
-        damage = _write_shards(plan, resolved, out, workers, progress)
-        if damage is None:
-            return _finish(plan, out), False
-        if not skip_damaged:
-            raise damage.problem
-        undecodable[damage.source, damage.episode] = damage.problem.found
+        return _finish(_write_shards(planner, resolved, request, out, workers, progress), out), False
 
 
 def _record(request: SourceRequest, source: FrameSource) -> SourceRecord:
@@ -93,6 +92,16 @@ def _record(request: SourceRequest, source: FrameSource) -> SourceRecord:
         settings=request.settings,
         details={**source.details, **({"hub commit": commit} if commit else {})},
     )
+
+
+def _standing(out: Path, request: PackRequest) -> PackInfo | None:
+    """The finished pack in ``out``, if there is one; ``InputError`` if it is another, ``PackDamaged`` if files lack."""
+    _require_same_request(out, request)
+    if not (out / PACK_NAME).exists():
+        return None
+    shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)  # of a build that was killed at its very end
+    with PackReader(out) as standing:
+        return standing.info
 
 
 def _require_same_request(out: Path, request: PackRequest) -> None:
@@ -109,21 +118,73 @@ def _require_same_request(out: Path, request: PackRequest) -> None:
 
 
 def _write_shards(
-    plan: PackPlan, sources: Sequence[SourceRequest], out: Path, workers: int, progress: Progress
-) -> Undecodable | None:
-    """Write what is missing; stops at the first episode that cannot be decoded."""
-    tasks = [_task(plan, shard) for shard in range(plan.shards)]
-    missing = [task for task in tasks if finished_part(out, task) is None]
-    rows = {task.shard: len(shard_rows(task.shard, plan.rows, plan.request.rows_per_shard)) for task in tasks}
-    done = plan.rows - sum(rows[task.shard] for task in missing)
+    planner: Planner,
+    sources: Sequence[SourceRequest],
+    request: PackRequest,
+    out: Path,
+    workers: int,
+    progress: Progress,
+) -> PackPlan:
+    """Write what is missing; returns the plan that was carried out.
+
+    An episode whose pictures cannot be decoded changes the rows of all later shards. Shards under way are waited for,
+    then the rest is planned anew without it.
+    """
+    undecodable = _remembered(out, request)
+    plan = planner.plan(undecodable, progress)
+    tasks = _missing(plan, out)
+    issued, received = {task.shard for task in tasks}, set[int]()
+    under_way: set[int] | None = None  # shards that are waited for before planning anew
+    done = plan.rows - sum(_rows_in(plan, shard) for shard in issued)
     progress(done, plan.rows, "rows")
-    pool = Pool(count=min(workers, len(missing)), what="a packing worker", advice=_ADVICE)
-    for task, result in run_tasks(PackWorker, (sources, out, plan.request.contract), missing, pool):
+    pool = Pool(count=min(workers, max(1, len(tasks))), what="a packing worker", advice=_ADVICE)
+    for task, result in run_tasks(PackWorker, (sources, out, request.contract), tasks, pool):
+        received.add(task.shard)
         if isinstance(result, Undecodable):
-            return result
-        done += rows[task.shard]
+            if not request.skip_damaged:
+                raise result.problem
+            undecodable[result.source, result.episode] = one_line(result.problem)
+            _remember(out, request, undecodable)
+            if under_way is None:
+                under_way = issued - {task.shard for task in tasks}
+                tasks.clear()
+        else:
+            done += _rows_in(plan, task.shard)
+        if under_way is not None and under_way <= received:
+            plan = planner.plan(undecodable, progress)
+            tasks.extend(_missing(plan, out))
+            issued, received, under_way = {task.shard for task in tasks}, set(), None
+            done = plan.rows - sum(_rows_in(plan, shard) for shard in issued)
         progress(done, plan.rows, "rows")
-    return None
+    return plan
+
+
+def _missing(plan: PackPlan, out: Path) -> list[ShardTask]:
+    tasks = (_task(plan, shard) for shard in range(plan.shards))
+    return [task for task in tasks if finished_part(out, task) is None]
+
+
+def _rows_in(plan: PackPlan, shard: int) -> int:
+    return len(shard_rows(shard, plan.rows, plan.request.rows_per_shard))
+
+
+def _remember(out: Path, request: PackRequest, undecodable: Mapping[tuple[int, int], str]) -> None:
+    """Keep what was found damaged, so that a stopped build need not find it again."""
+    found = [[source, episode, why] for (source, episode), why in sorted(undecodable.items())]
+    write_atomic(
+        out / _DAMAGED_NAME, json.dumps({"request": digest_json(request.model_dump(mode="json")), "found": found})
+    )
+
+
+def _remembered(out: Path, request: PackRequest) -> dict[tuple[int, int], str]:
+    """What an earlier build of the same request found damaged."""
+    try:
+        kept = json.loads((out / _DAMAGED_NAME).read_bytes())
+        if kept["request"] != digest_json(request.model_dump(mode="json")):
+            return {}
+        return {(int(source), int(episode)): str(why) for source, episode, why in kept["found"]}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or cut by a crash: it is found again
+        return {}
 
 
 def _task(plan: PackPlan, shard: int) -> ShardTask:
@@ -147,10 +208,10 @@ def _finish(plan: PackPlan, out: Path) -> PackInfo:
         no_op_rows=plan.no_op_rows,
     )
     assert len(info.shards) == plan.shards, "every shard was written"
+    _remove_shards_beyond(out, plan.shards)
     write_atomic(out / "README.md", data_card(info))
     write_atomic(out / PACK_NAME, info.model_dump_json(indent=2))
     shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
-    _remove_shards_beyond(out, plan.shards)
     return info
 
 

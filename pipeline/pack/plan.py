@@ -71,7 +71,7 @@ class PackPlan:
 
     @cached_property
     def _request_digest(self) -> str:
-        return digest_json(self.request.model_dump(mode="json"))
+        return digest_json(self.request.model_dump(mode="json", exclude={"skip_damaged"}))
 
     def pieces(self, shard: int) -> Iterator[Piece]:
         """The rows of one shard, episode by episode."""
@@ -93,89 +93,100 @@ class PackPlan:
         return digest_json([self._request_digest, shard, rows])
 
 
-def make_plan(
-    request: PackRequest,
-    sources: Sequence[FrameSource],
-    undecodable: Mapping[tuple[int, int], str],
-    progress: Progress,
-) -> PackPlan:
-    """Look at every episode but its pictures.
+class Planner:
+    """Looks at every episode but its pictures, once; plans again when pictures turn out to be damaged."""
 
-    Args:
-        request: of the pack.
-        sources: in the request's order.
-        undecodable: (source, episode) -> what was found, of those that turned out to be damaged while they were read.
-        progress: told how many episodes were looked at.
+    def __init__(self, request: PackRequest, sources: Sequence[FrameSource], folders: Sequence[str]) -> None:
+        """``folders``: of this machine; cut out of what is said about episodes, as a pack must not depend on them."""
+        self._request, self._sources = request, sources
+        self._folders = sorted(folders, key=len, reverse=True)
+        self._heads: dict[tuple[int, int], EpisodeHead | SourceDamaged] = {}
 
-    Raises:
-        SourceDamaged: an episode is damaged or there twice, and the request does not say to skip it.
-        InputError: nothing is left to pack.
-    """
-    building = _Building(request)
-    total = sum(source.episode_count for source in sources)
-    for number, source in enumerate(sources):
-        for episode in range(source.episode_count):
-            progress(building.seen, total, "episodes looked at")
-            building.seen += 1
+    def plan(self, undecodable: Mapping[tuple[int, int], str], progress: Progress) -> PackPlan:
+        """The pack without the episodes in ``undecodable``: (source, episode) -> what was found.
+
+        Raises:
+            SourceDamaged: an episode is damaged or there twice, and the request does not say to skip it.
+            InputError: nothing is left to pack.
+        """
+        known: dict[str, str] = {}  # digest of an episode's actions -> where it is
+        episodes: list[PlannedEpisode] = []
+        left_out: list[EpisodeLeftOut] = []
+        rows = no_op_rows = 0
+        for number, episode in self._each(progress):
+            head = self._head(number, episode, known)
             if (number, episode) in undecodable:
-                building.leave_out(number, episode, undecodable[number, episode], source.head(episode).where)
+                left_out.append(self._left_out(number, episode, undecodable[number, episode]))
+            elif isinstance(head, SourceDamaged):
+                if not self._request.skip_damaged:
+                    raise head
+                left_out.append(self._left_out(number, episode, one_line(head)))
+            elif self._is_failure(head):
+                left_out.append(self._left_out(number, episode, "it failed"))
             else:
-                building.add(number, source, episode)
-    if not building.rows:
-        raise InputError(
-            "the sources hold no rows",
-            expected="at least one episode of two steps",
-            found="; ".join(f"{one.where}: {one.why}" for one in building.left_out[:3]) or "none",
-            fix="give another SOURCE, or a weaker filter",
-        )
-    return PackPlan(request, tuple(building.episodes), tuple(building.left_out), building.no_op_rows)
+                kept = self._rows_kept(head)
+                no_op_rows += len(head) - len(kept)
+                if len(kept):
+                    episodes.append(PlannedEpisode(number, episode, head, rows, kept))
+                    rows += len(kept)
+                else:
+                    left_out.append(self._left_out(number, episode, "nothing but no-ops"))
+        if not rows:
+            raise InputError(
+                "the sources hold no rows",
+                expected="at least one episode of two steps",
+                found="; ".join(f"{one.where}: {one.why}" for one in left_out[:3]) or "none",
+                fix="give another SOURCE, or a weaker filter",
+            )
+        return PackPlan(self._request, tuple(episodes), tuple(left_out), no_op_rows)
 
+    def _each(self, progress: Progress) -> Iterator[tuple[int, int]]:
+        total, seen = sum(source.episode_count for source in self._sources), 0
+        for number, source in enumerate(self._sources):
+            for episode in range(source.episode_count):
+                if (number, episode) not in self._heads:
+                    progress(seen, total, "episodes looked at")
+                seen += 1
+                yield number, episode
 
-class _Building:
-    """A plan while episodes are added to it."""
-
-    def __init__(self, request: PackRequest) -> None:
-        self._request = request
-        self._known: dict[str, str] = {}  # digest of an episode's actions -> where it is
-        self.episodes: list[PlannedEpisode] = []
-        self.left_out: list[EpisodeLeftOut] = []
-        self.rows = self.no_op_rows = self.seen = 0
-
-    def add(self, number: int, source: FrameSource, episode: int) -> None:
-        try:
-            head = source.head(episode)
-            self._require_new(head, source)
-        except SourceDamaged as problem:
-            if not self._request.skip_damaged:
-                raise
-            self.leave_out(number, episode, problem.found, problem.what)
-            return
-        kept = np.arange(len(head))
-        if self._request.no_ops is not None:
-            if self._request.no_ops.success_only and not _succeeded(head):
-                self.leave_out(number, episode, "it failed", head.where)
-                return
-            kept = rows_kept(head.actions_TA, self._request.no_ops.threshold)
-            self.no_op_rows += len(head) - len(kept)
-        if len(kept):
-            self.episodes.append(PlannedEpisode(number, episode, head, self.rows, kept))
-            self.rows += len(kept)
-
-    def leave_out(self, number: int, episode: int, why: str, where: str) -> None:
-        self.left_out.append(
-            EpisodeLeftOut(source=number, episode=episode, where=_file_names(where), why=_file_names(why))
-        )
-
-    def _require_new(self, head: EpisodeHead, source: FrameSource) -> None:
+    def _head(self, number: int, episode: int, known: dict[str, str]) -> EpisodeHead | SourceDamaged:
+        """The episode's head, or what is wrong with it; a demonstration that is there twice is wrong too."""
+        if (number, episode) not in self._heads:
+            try:
+                self._heads[number, episode] = self._sources[number].head(episode)
+            except SourceDamaged as problem:
+                self._heads[number, episode] = problem
+        head = self._heads[number, episode]
+        if isinstance(head, SourceDamaged):
+            return head
         digest = digest_bytes(head.task.encode(), head.actions_TA.tobytes())
-        if digest in self._known:
-            raise SourceDamaged(
-                f"{source.location}, {head.where}: the same demonstration is there twice",
+        if digest in known:
+            return SourceDamaged(
+                f"{self._sources[number].location}, {head.where}: the same demonstration is there twice",
                 expected="every demonstration once",
-                found=f"the actions of {self._known[digest]}",
+                found=f"the actions of {known[digest]}",
                 fix="leave one of them out, or go on without it: --on-error skip",
             )
-        self._known[digest] = head.where
+        known[digest] = head.where
+        return head
+
+    def _is_failure(self, head: EpisodeHead) -> bool:
+        return self._request.no_ops is not None and self._request.no_ops.success_only and not _succeeded(head)
+
+    def _rows_kept(self, head: EpisodeHead) -> NDArray[np.int64]:
+        if self._request.no_ops is None:
+            return np.arange(len(head))
+        return rows_kept(head.actions_TA, self._request.no_ops.threshold)
+
+    def _left_out(self, number: int, episode: int, why: str) -> EpisodeLeftOut:
+        for folder in self._folders:
+            why = why.replace(f"{folder}/", "")
+        return EpisodeLeftOut(source=number, episode=episode, where=self._sources[number].where(episode), why=why)
+
+
+def one_line(problem: SourceDamaged) -> str:
+    """What is wrong, where, and what was expected, in one line."""
+    return f"{problem.what} (expected: {problem.expected}; found: {problem.found})"
 
 
 def _succeeded(head: EpisodeHead) -> bool:
@@ -189,11 +200,6 @@ def _succeeded(head: EpisodeHead) -> bool:
     return head.succeeded
 
 
-def _file_names(text: str) -> str:
-    """``text`` without the folders of this machine; a pack must not depend on where its sources lay."""
-    return " ".join(word.rsplit("/", 1)[-1] if word.startswith("/") else word for word in text.split(" "))
-
-
 def require_common_contract(sources: Sequence[FrameSource]) -> None:
     """Raise ``ContractMismatch`` unless all sources follow the conventions of the first, with views of one size."""
     first, *others = sources
@@ -204,12 +210,14 @@ def require_common_contract(sources: Sequence[FrameSource]) -> None:
                 f"the cameras of {source.location} have different sizes",
                 expected="one size for all views",
                 found=", ".join(sizes),
-                fix="choose cameras of one size: --set source.cameras='[agentview]'",
+                fix="choose cameras of one size: --set source.cameras='[agentview]' "
+                "(lerobot: --set source.cameras.agentview=KEY)",
             )
     for source in others:
         first.contract.require_same(
             source.contract,
             mine=first.location,
             theirs=source.location,
-            fix="build one pack per convention (depth of one alone: --set source.depth=false)",
+            fix="choose the same cameras for all, leave the depth of HDF5 out (settings.depth: false), or build two "
+            "packs; each source's own settings stand in YAML, see docs/data.md",
         )

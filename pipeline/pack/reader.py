@@ -62,6 +62,9 @@ class PackReader:
         self.info = PackInfo.read(card, PackDamaged)
         if {file.name for file in self.info.index} != {ROWS_NAME, EPISODES_NAME}:
             raise _damaged(card, f"index files {ROWS_NAME} and {EPISODES_NAME}", str(self.info.index))
+        names = [shard_name(shard) for shard in range(len(self.info.shards))]
+        if [file.name for file in self.info.shards] != names:  # another path would be verified in their place
+            raise _damaged(card, "shards named " + ", ".join(names[:2]) + ", ...", str(self.info.shards))
         for file in (*self.info.shards, *self.info.index):
             found = (path / file.name).stat().st_size if (path / file.name).exists() else -1
             if found != file.bytes:
@@ -162,12 +165,14 @@ class PackReader:
 
     def verify(self, progress: Callable[[int, int], None]) -> list[str]:
         """Digest every shard (the index is checked whenever a pack is opened); returns one line per damaged file."""
-        problems = []
+        known = {self.path / file.name for file in self.info.shards}
+        strangers = sorted(path for path in (self.path / "shards").iterdir() if path not in known)
+        problems = [f"{path} does not belong to the pack" for path in strangers]
         for shard in range(len(self.info.shards)):
             try:
                 self.verify_shard(shard)
             except PackDamaged as problem:
-                problems.append(problem.what)
+                problems.append(f"{problem.what}: expected {problem.expected}, found {problem.found}")
             progress(shard + 1, len(self.info.shards))
         return problems
 

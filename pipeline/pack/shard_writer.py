@@ -79,6 +79,7 @@ class PackWorker:
     def _write(self, task: ShardTask) -> PackFile:
         columns: dict[str, list[Any]] = {name: [] for name in row_schema(self._contract).names}
         name = shard_name(task.shard)
+        (self._out / part_name(task.shard)).unlink(missing_ok=True)  # it vouches for the tar that is replaced now
         with atomic_writer(self._out / name) as file:
             hashing = _HashingWriter(file)
             stream = cast(BinaryIO, hashing)  # tarfile's stream mode only calls write

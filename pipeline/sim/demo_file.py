@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -227,14 +228,22 @@ class DemoCollection:
         """Count in a demonstration that ``write_part`` has written."""
         self._found[attempt] = _part_path(self._path, attempt), "demo_0"
 
-    def finish(self) -> int:
-        """Write the task's file from all demonstrations, in order of their attempts; returns its steps."""
-        needed = sum(source.stat().st_size for source in {source for source, _ in self._found.values()})
+    def finish(self, attempts: Sequence[int]) -> int:
+        """Write the task's file from the demonstrations of ``attempts``, in their order; returns its steps.
+
+        Parts that are not among them stay: they are of other settings, or of a recording of more demonstrations.
+        """
+        found = [self._found[attempt] for attempt in sorted(attempts)]
+        needed = sum(source.stat().st_size for source in {source for source, _ in found})
         if needed > shutil.disk_usage(self._path.parent).free:
             raise OSError(errno.ENOSPC, "no room to join the demonstrations", str(self._path))
         with DemoFile(self._path, self._config, self._task) as file:
-            steps = sum(file.add_copy(*self._found[attempt]) for attempt in sorted(self._found))
-        shutil.rmtree(self._parts, ignore_errors=True)
+            steps = sum(file.add_copy(*one) for one in found)
+        for source, _ in found:
+            if source != self._path:
+                source.unlink(missing_ok=True)
+        if self._parts.is_dir() and not any(recorded_in(part)[0] for part in self._parts.iterdir()):
+            shutil.rmtree(self._parts, ignore_errors=True)
         return steps
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from geomcache.pipeline.sources.libero_hdf5 import ObservationTime
+from geomcache.pipeline.sources._libero_files import ObservationTime
 
 _ARM = slice(1, 8)  # of the flat state: time first, then positions, the robot's joints before all else
 _CLEARLY = 0.5  # the right reading's error over the wrong one's; a physics step is a 25th of a control step

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import InputError
+from geomcache.pipeline.files import locked_folder
 from geomcache.pipeline.ray_workers import Pool, run_tasks
 from geomcache.pipeline.sim import demo_file, suites
 from geomcache.pipeline.sim.demo_file import Config, Demo
@@ -98,7 +99,19 @@ def record(config: Config, out: Path, progress: Callable[[EpisodeReport], None] 
     tasks = [suites.task_info(config.suite, i) for i in config.tasks or range(suites.task_count(config.suite))]
     files = {task: out / f"{task.name}_demo.hdf5" for task in tasks}
     skipped = [task for task in tasks if _is_recorded(files[task], config, task)]
-    out.mkdir(parents=True, exist_ok=True)
+    with locked_folder(out):
+        return _record_tasks(config, out, tasks, skipped, files, progress, started)
+
+
+def _record_tasks(
+    config: Config,
+    out: Path,
+    tasks: list[suites.TaskInfo],
+    skipped: list[suites.TaskInfo],
+    files: dict[suites.TaskInfo, Path],
+    progress: Callable[[EpisodeReport], None] | None,
+    started: float,
+) -> RecordSummary:
     open_tasks = {task.index: _OpenTask(config, task, files[task]) for task in tasks if task not in skipped}
     attempts = [attempt for each in open_tasks.values() for attempt in each.next_attempts()]
     for each in open_tasks.values():
@@ -165,14 +178,20 @@ class _OpenTask:
         self._most = config.max_attempts if config.max_attempts is not None else 2 * config.episodes
         self._next = self._running = 0
         self._is_over = False
-        self.demos = self.tried = self.succeeded = self.steps = 0
+        self._kept: list[int] = []  # attempts whose demonstrations make the file
+        self.tried = self.succeeded = self.steps = 0
+
+    @property
+    def demos(self) -> int:
+        """Demonstrations so far."""
+        return len(self._kept)
 
     def next_attempts(self) -> list[Attempt]:
         """What must be tried now; demonstrations of an earlier run are counted."""
         attempts = []
         while self.demos + self._running < self._config.episodes and self._next < self._most:
             if self._next in self._collection:
-                self.demos += 1
+                self._kept.append(self._next)
             else:
                 attempts.append(Attempt(self._index, self._next))
                 self._running += 1
@@ -186,7 +205,7 @@ class _OpenTask:
         if report.succeeded:
             self._collection.include(report.attempt)
             self.succeeded += 1
-            self.demos += 1
+            self._kept.append(report.attempt)
         return self.next_attempts()
 
     def finish_if_over(self) -> None:
@@ -194,7 +213,7 @@ class _OpenTask:
         if self._running or self._is_over:
             return
         self._is_over = True
-        self.steps = self._collection.finish()
+        self.steps = self._collection.finish(self._kept)
         if self.demos < self._config.episodes:
             log.warning("%s: %d of %d demonstrations", self.name, self.demos, self._config.episodes)
 

@@ -36,6 +36,7 @@ from geomcache.pipeline.official_layout import suite_named_in
 from geomcache.pipeline.sim import suites
 from geomcache.pipeline.sim.demo_file import SETTLE_STEPS
 from geomcache.pipeline.sim.libero_env import SETTLE_ACTION, LiberoEnv
+from geomcache.pipeline.sources._libero_files import member
 
 Way = Literal["actions", "states"]
 Scene = Literal["seed", "model_file", "unknown"]  # by what the fixtures were placed; unknown: up to 1.5 cm elsewhere
@@ -266,7 +267,7 @@ def damaged(path: Path, name: str, found: str, *, expected: str = "the official 
 
 def _numbers(path: Path, name: str, demo: Any, key: str) -> NDArray[np.float64]:
     """A field of [T, n] finite numbers."""
-    values = demo[key]
+    values = member(demo, key, path)
     if not isinstance(values, h5py.Dataset) or values.ndim != 2 or values.dtype.kind not in "fiu":
         raise damaged(path, name, f"{key} is {values}", expected=f"{key}, numbers in rows")
     numbers = np.asarray(values, dtype=np.float64)

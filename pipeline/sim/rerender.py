@@ -29,8 +29,15 @@ from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import ImageOrientation
 from geomcache.cache_schemas.errors import InputError, SourceDamaged
 from geomcache.cache_schemas.fingerprint import digest_file, digest_json
-from geomcache.pipeline.files import atomic_writer, remove_leftovers, sync_file, sync_folder, temporary_name
-from geomcache.pipeline.official_layout import SUFFIXES, file_camera_name
+from geomcache.pipeline.files import (
+    atomic_writer,
+    locked_folder,
+    remove_leftovers,
+    sync_file,
+    sync_folder,
+    temporary_name,
+)
+from geomcache.pipeline.official_layout import file_camera_name
 from geomcache.pipeline.ray_workers import Pool, run_tasks
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.observation_rows import ObservationRows, scene_attributes
@@ -38,6 +45,7 @@ from geomcache.pipeline.sim.orientation_by_replay import ErrorSums, stored_image
 from geomcache.pipeline.sim.orientation_finding import decide
 from geomcache.pipeline.sim.replay import Replay, Scene, StoredDemo, Way, demo_names, find_task, read_demo, reading
 from geomcache.pipeline.sim.system import require_simulator
+from geomcache.pipeline.sources._libero_files import find_files
 
 MATCHED_BELOW = 1e-6  # of any number in the state: actions that stay below it lead through the stored states
 _ADVICE = "give it more memory: fewer --workers; finished demonstrations are kept"
@@ -102,7 +110,15 @@ def rerender(
         UnknownName: a file is named after no LIBERO task, or the scene has no such camera.
     """
     require_simulator()
-    jobs = [_Job(path, target, source, config) for path, target in _targets(source, out).items()]  # refuses early
+    targets = _targets(source, out)
+    with locked_folder(out):
+        return _render_all(targets, source, config, progress)
+
+
+def _render_all(
+    targets: dict[Path, Path], source: Path, config: RerenderConfig, progress: Callable[[ReplayReport, int, int], None]
+) -> list[ReplayReport]:
+    jobs = [_Job(path, target, source, config) for path, target in targets.items()]  # refuses early
     by_label = {job.label: job for job in jobs}
     tasks = [task for job in jobs for task in job.missing()]
     total = sum(len(job.names) for job in jobs)
@@ -121,19 +137,11 @@ def rerender(
 
 def _targets(source: Path, out: Path) -> dict[Path, Path]:
     """Each file of the source and where its new one goes."""
+    paths = find_files(source)
     if source.is_file():
-        paths, root, overwrites = [source], source.parent, out.resolve() == source.parent.resolve()
+        root, overwrites = source.parent, out.resolve() == source.parent.resolve()
     else:
-        found = (path for suffix in SUFFIXES for path in source.rglob(f"[!.]*{suffix}"))
-        paths = sorted(path for path in found if ".parts/" not in f"{path.relative_to(source)}")
         root, overwrites = source, out.resolve().is_relative_to(source.resolve())
-    if not paths:
-        raise InputError(
-            f"there is nothing to replay in {source}",
-            expected=f"a file or folder of {' or '.join(SUFFIXES)} files",
-            found="none there" if source.exists() else "it does not exist",
-            fix="name the folder of the demonstrations",
-        )
     if overwrites:
         raise InputError(
             f"{out} lies inside the source",

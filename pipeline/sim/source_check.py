@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.contract import ImageOrientation
-from geomcache.cache_schemas.errors import ContractMismatch, InputError
+from geomcache.cache_schemas.errors import InputError
 from geomcache.pipeline.interfaces import FrameSource
 from geomcache.pipeline.open_source import SourceRequest, open_source, resolve
 from geomcache.pipeline.orientation_track import (
@@ -27,7 +27,6 @@ from geomcache.pipeline.sim.observation_time import observation_time
 from geomcache.pipeline.sim.orientation_by_replay import find_orientation
 from geomcache.pipeline.sim.orientation_finding import OrientationFinding, agreed_orientation, decide
 from geomcache.pipeline.sources import libero_hdf5
-from geomcache.pipeline.sources.libero_hdf5 import ObservationTime
 
 _EVERY = 4  # rows between the frames that a track is told by
 _ROWS_AT_ONCE = 64
@@ -47,13 +46,12 @@ class SourceCheck:
     found: ImageOrientation
     findings: tuple[tuple[str, OrientationFinding], ...]  # (episodes, finding)
     gripper: GripperAgreement
-    declared_observation: str | None = None  # HDF5: obs[j] relative to actions[j]
-    found_observation: ObservationTime | None = None  # None: the file does not tell
+    observations: tuple[tuple[str, str, str | None], ...] = ()  # HDF5: (episode, obs[j] to actions[j] declared, found)
 
     @property
     def observation_agrees(self) -> bool:
-        """Whether rows pair each observation with the action that answers it."""
-        return self.found_observation is None or self.found_observation == self.declared_observation
+        """Whether rows pair each observation with the action that answers it, as far as the joints tell."""
+        return all(found in (None, declared) for _, declared, found in self.observations)
 
     @property
     def agrees(self) -> bool:
@@ -98,8 +96,7 @@ def check_source(request: SourceRequest, episodes: int, progress: Callable[[int,
         found=agreed_orientation([finding for _, finding in findings], where=as_stored.location),
         findings=tuple(findings),
         gripper=_gripper(as_stored, chosen),
-        declared_observation=as_stored.details.get("observation"),
-        found_observation=_observation_time(as_stored, chosen),
+        observations=_observations(as_stored, chosen),
     )
 
 
@@ -128,7 +125,7 @@ def _by_track(
         )
     for done, episode in enumerate(episodes):
         progress(done, len(episodes))
-        images_TVHWC, states_TS = _rows(source, episode, every=_EVERY)
+        images_TVHWC, states_TS = _some_rows(source, episode)
         scene = scene_cameras(source.head(episode).instruction)
         for name, known in tracks.items():
             view = source.contract.camera_names.index(name)
@@ -139,16 +136,14 @@ def _by_track(
     ]
 
 
-def _rows(source: FrameSource, episode: int, *, every: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """(images [T, V, H, W, 3], states [T, 8]) of every n-th row."""
-    rows = len(source.head(episode))
-    starts = range(0, rows, _ROWS_AT_ONCE)
-    parts = [source.read(episode, start, min(start + _ROWS_AT_ONCE, rows)) for start in starts]
-    kept = [part.take(np.arange(0, len(part), every)) for part in parts]
-    return (
-        np.concatenate([part.frames.images_BVHWC for part in kept]),
-        np.concatenate([part.states_TS for part in kept]),
-    )
+def _some_rows(source: FrameSource, episode: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """(images [T, V, H, W, 3], states [T, 8]) of every few rows."""
+    rows, images, states = len(source.head(episode)), [], []
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        part = source.read(episode, start, min(start + _ROWS_AT_ONCE, rows))
+        images.append(part.frames.images_BVHWC[::_EVERY].copy())
+        states.append(part.states_TS[::_EVERY])
+    return np.concatenate(images), np.concatenate(states)
 
 
 def _gripper(source: FrameSource, episodes: Sequence[int]) -> GripperAgreement:
@@ -156,22 +151,19 @@ def _gripper(source: FrameSource, episodes: Sequence[int]) -> GripperAgreement:
     found = []
     for episode in episodes:
         actions_TA = source.head(episode).actions_TA
-        found.append(gripper_sign_agrees(actions_TA, _rows(source, episode, every=1)[1]))
+        starts = range(0, len(actions_TA), _ROWS_AT_ONCE)
+        parts = [source.read(episode, start, min(start + _ROWS_AT_ONCE, len(actions_TA))).states_TS for start in starts]
+        found.append(gripper_sign_agrees(actions_TA, np.concatenate(parts)))
     switches = sum(one.switches for one in found)
     score = sum(one.score * one.switches for one in found) / switches if switches else 0.0
     return GripperAgreement(score, switches)
 
 
-def _observation_time(source: FrameSource, episodes: Sequence[int]) -> ObservationTime | None:
-    """What the episodes that tell say; they are of one data set and so of one kind."""
+def _observations(source: FrameSource, episodes: Sequence[int]) -> tuple[tuple[str, str, str | None], ...]:
+    """(where, declared, found) of HDF5 demonstrations."""
     if not isinstance(source, libero_hdf5.Source):
-        return None
-    told = {observation_time(*source.demonstration(episode)) for episode in episodes} - {None}
-    if len(told) > 1:
-        raise ContractMismatch(
-            f"{source.location}: files of two kinds",
-            expected="observations taken before every action, or after",
-            found="both",
-            fix="pack the official and the no-noops files as two sources",
-        )
-    return told.pop() if told else None
+        return ()
+    return tuple(
+        (source.where(episode), source.observation(episode), observation_time(*source.demonstration(episode)))
+        for episode in episodes
+    )

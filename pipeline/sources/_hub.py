@@ -4,6 +4,7 @@ Non-obvious: the hub keeps a snapshot in ``datasets--OWNER--NAME/snapshots/COMMI
 ``blobs``; a folder named by a commit says nothing to a person, so data cards get ``OWNER/NAME``.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -34,23 +35,32 @@ def resolve(text: str) -> Path:
 
 
 def location_of(path: Path) -> str:
-    """The data set's name without the machine's path: ``owner/name`` of a hub snapshot, else the folder's name."""
-    found = _snapshot_in(path)
-    return found[0] if found else path.resolve().name
+    """The data set's name without the machine's path: ``owner/name`` of a hub snapshot, else the path's last part.
+
+    A file inside a snapshot is ``owner/name/FILE``.
+    """
+    found = _snapshot_around(path)
+    return "/".join(part for part in (found[0], found[2]) if part) if found else _absolute(path).name
 
 
 def commit_of(path: Path) -> str | None:
-    """The hub's commit that ``path`` is a snapshot of; None if it is none."""
-    found = _snapshot_in(path)
+    """The hub's commit whose snapshot ``path`` is, or is in; None if there is none."""
+    found = _snapshot_around(path)
     return found[1] if found else None
 
 
-def _snapshot_in(path: Path) -> tuple[str, str] | None:
-    """(owner/name, commit) of a hub snapshot."""
-    folder = path.resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith(_PREFIX):
-        return repository.removeprefix(_PREFIX).replace("--", "/"), folder.name
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # links are kept: in a snapshot every file is one, to a blob named by its digest
+
+
+def _snapshot_around(path: Path) -> tuple[str, str, str] | None:
+    """(owner/name, commit, path inside the snapshot)."""
+    absolute = _absolute(path)
+    for folder in (absolute, *absolute.parents):
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith(_PREFIX):
+            inside = str(absolute.relative_to(folder))
+            return repository.removeprefix(_PREFIX).replace("--", "/"), folder.name, "" if inside == "." else inside
     return None
 
 

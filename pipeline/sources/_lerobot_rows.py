@@ -19,13 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from geomcache.cache_schemas.errors import SourceDamaged
 from geomcache.pipeline.sources._lerobot_layout import CHANNELS, EpisodeFiles, below, damaged
 
 _ROWS_AT_ONCE = 16  # of pictures
 INDEX_COLUMNS = ("episode_index", "frame_index", "task_index")
+
+_LFS = b"version https://git-lfs"
 
 
 class EpisodeTable:
@@ -220,9 +222,13 @@ def _reading(files: EpisodeFiles) -> Iterator[Any]:
         with pq.ParquetFile(files.data, memory_map=True, page_checksum_verification=True) as file:
             yield file
     except (OSError, pa.ArrowException) as problem:
-        raise damaged(
-            files.data, files.number, "file", expected="a whole parquet file", found=str(problem)
-        ) from problem
+        found = "a Git LFS pointer: run `git lfs pull` in the data set" if _is_lfs_pointer(files.data) else str(problem)
+        raise damaged(files.data, files.number, "file", expected="a whole parquet file", found=found) from problem
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
 
 
 @contextmanager
@@ -232,7 +238,8 @@ def _naming(files: EpisodeFiles, key: str, row: int) -> Iterator[None]:
         yield
     except SourceDamaged:
         raise
-    except (OSError, SyntaxError, ValueError) as problem:  # a broken PNG is a SyntaxError
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:  # a broken PNG: SyntaxError
+        said = "no picture" if isinstance(problem, UnidentifiedImageError) else str(problem)  # it names an address
         raise damaged(
-            files.data, files.number, key, expected="a whole picture", found=f"{problem} at row {row}"
+            files.data, files.number, key, expected="a whole picture", found=f"{said} at row {row}"
         ) from problem

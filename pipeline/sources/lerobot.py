@@ -24,7 +24,7 @@ from geomcache.cache_schemas.errors import InputError, SourceDamaged
 from geomcache.cache_schemas.fingerprint import digest_files, digest_json
 from geomcache.pipeline.camera_geometry import axis_angle
 from geomcache.pipeline.frames import EpisodeHead, EpisodeRows, FrameBatch
-from geomcache.pipeline.official_layout import simulator_camera_name, suite_named_in
+from geomcache.pipeline.official_layout import SuiteName, simulator_camera_name, suite_named_in
 from geomcache.pipeline.orientation import to_upright
 from geomcache.pipeline.sources import _lerobot_layout as layout
 from geomcache.pipeline.sources import _lerobot_video as video
@@ -46,7 +46,14 @@ _STATE_KEYS = ("observation.state", "state")
 _ACTION_KEYS = ("action", "actions")
 _SUCCESS = {"next.success": "next.success in any row", "next.reward": "next.reward above 0 in any row"}
 
-GripperSign = Literal["minus_open_plus_close", "zero_close_one_open"]
+GripperSign = Literal["minus_open_plus_close", "minus_close_plus_open", "zero_close_one_open", "zero_open_one_close"]
+# Stored gripper value -> the simulator's, -1 opens and +1 closes: (factor, offset)
+_GRIPPER: dict[GripperSign, tuple[float, float]] = {
+    "minus_open_plus_close": (1.0, 0.0),
+    "minus_close_plus_open": (-1.0, 0.0),
+    "zero_close_one_open": (-2.0, 1.0),
+    "zero_open_one_close": (2.0, -1.0),
+}
 StateLayout = Literal["eef_pos3+eef_axisangle3+gripper_qpos2", "gripper_qpos2+eef_pos3+eef_quat4"]
 _STATE_LAYOUTS: dict[int, StateLayout] = {
     8: "eef_pos3+eef_axisangle3+gripper_qpos2",
@@ -64,7 +71,7 @@ class Config(Schema):
     action_key: str | None = None
     state_layout: StateLayout | None = None
     gripper_sign: GripperSign | None = None
-    suite: str | None = None  # None: named in the data set's name, else "unknown"
+    suite: SuiteName | None = None  # None: named in the data set's name, else "unknown"
 
     @field_validator("cameras")
     @classmethod
@@ -153,6 +160,14 @@ class Source:
         """Every episode that ``meta`` names, damaged and missing ones included."""
         return len(self._numbers)
 
+    def where(self, episode: int) -> str:
+        """File and episode as a person finds them."""
+        number = self._numbers[episode]
+        entry = self._episodes[number]
+        if isinstance(entry, SourceDamaged):
+            return f"episode {number}"
+        return f"{entry.data.relative_to(self.config.path).as_posix()}: episode {number}"
+
     def head(self, episode: int) -> EpisodeHead:
         """Everything of one episode but its pictures, checked.
 
@@ -174,7 +189,7 @@ class Source:
                 )
                 raise damaged(span.path, files.number, key, expected=f"{len(rows)} frames", found=found)
         return EpisodeHead(
-            where=f"{files.data.relative_to(self.config.path).as_posix()}: episode {files.number}",
+            where=self.where(episode),
             suite=self._suite,
             task=instruction.replace(" ", "_"),
             number=files.number,
@@ -208,24 +223,27 @@ class Source:
     def _gripper_sign(self) -> GripperSign:
         """How the data set stores the gripper, from its values: any negative one decides, files are read until then."""
         paths = {entry.data: None for entry in self._episodes.values() if isinstance(entry, EpisodeFiles)}
-        lowest = 1.0
+        lowest, readable = 1.0, False
         for path in paths:
             found = self._data.lowest(path, self._action_key, ACTION_DIM - 1, ACTION_DIM)
-            lowest = min(lowest, 1.0 if found is None else found)
+            lowest, readable = min(lowest, 1.0 if found is None else found), readable or found is not None
             if lowest < 0.0:
                 break
         declared = self.config.gripper_sign
-        if lowest == 1.0 and declared is not None:  # every value is 1, which both conventions have
+        if not readable:  # then every head says what is wrong with its file, and no sign matters
+            return declared or "minus_open_plus_close"
+        if lowest == 1.0 and declared is not None:  # every value is 1, which all conventions have
             return declared
+        # The range tells minus from zero; which end opens is the community's unless it is declared.
         sign: GripperSign = "minus_open_plus_close" if lowest < 0.0 else "zero_close_one_open"
-        if lowest == 1.0 or declared not in (None, sign):
+        if lowest == 1.0 or (declared is not None and declared.split("_")[0] != sign.split("_")[0]):
             raise InputError(
                 f"{self.location}: the gripper in {self._action_key} is not {declared or 'told by its values'}",
-                expected="values from 0 to 1" if declared == "zero_close_one_open" else "negative values",
+                expected="values from 0 to 1" if (declared or "").startswith("zero") else "negative values",
                 found=f"a value of {lowest:g}" if lowest < 0.0 else f"no value below {lowest:g}",
                 fix=f"--set source.gripper_sign={sign}" + (" (or minus_open_plus_close)" if lowest == 1.0 else ""),
             )
-        return sign
+        return declared or sign
 
     def _rows(self, episode: int) -> EpisodeTable:
         entry = self._episodes[self._numbers[episode]]
@@ -250,8 +268,8 @@ class Source:
             found = f"{stored_TA[row, dim]:g} at row {row}, number {dim}"
             raise damaged(rows.files.data, rows.files.number, self._action_key, expected="-1 to 1", found=found)
         actions_TA = stored_TA.astype(np.float32)
-        if self._gripper_sign == "zero_close_one_open":
-            actions_TA[:, -1] = 1.0 - 2.0 * actions_TA[:, -1]
+        factor, offset = _GRIPPER[self._gripper_sign]
+        actions_TA[:, -1] = factor * actions_TA[:, -1] + offset
         return actions_TA
 
     def _states(self, rows: EpisodeTable) -> NDArray[np.float32]:

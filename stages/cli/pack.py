@@ -51,7 +51,9 @@ def build(
 
     Stopped builds go on where they were. Settings of a source: --set source.cameras='[agentview]'.
     """
-    from geomcache.configs.load import load_config
+    from geomcache.cache_schemas.errors import InputError
+    from geomcache.cache_schemas.pack_info import NoOpFilter
+    from geomcache.configs.load import load_config, read_yaml
     from geomcache.configs.schema import PackConfig
     from geomcache.pipeline.files import write_config
 
@@ -61,10 +63,22 @@ def build(
         "workers": workers,
         "kind": kind,
         "on_error": on_error,
-        "no_ops": {} if drop_no_ops else None,
         "rows_per_shard": rows_per_shard,
     }
+    if not sources and config is None:
+        raise InputError(
+            "there is nothing to pack", expected="at least one SOURCE", fix="geomcache pack build SOURCE --out PACK"
+        )
+    if sources and config is not None and "sources" in read_yaml(config):
+        raise InputError(
+            f"{config} names sources too",
+            expected="sources on the command line or in the file",
+            found=", ".join(sources),
+            fix="leave one of the two out",
+        )
     settings = load_config(PackConfig, config, sets or [], options)
+    if drop_no_ops and settings.no_ops is None:
+        settings = settings.model_copy(update={"no_ops": NoOpFilter()})
     with progress_bar("packing") as progress:
         info, stood = build_from(settings, progress)
     write_config(settings.out, settings)
@@ -81,14 +95,14 @@ def info(
     verify: Annotated[bool, typer.Option("--verify", help="Also read every byte and compare digests.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What a pack holds, and with --verify whether every byte of it is right (exit 1 when not)."""
+    """What a pack holds; --verify also reads every shard: exit 1 when one is damaged (2: the pack's own index is)."""
     from geomcache.pipeline.pack.reader import PackReader
 
     with PackReader(pack) as reader, progress_bar("verifying shards") as progress:
         problems = reader.verify(progress) if verify else []
         show_values({**_summary(pack, reader.info), **({"problems": problems} if verify else {})}, as_json)
     if problems:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FINDING)
 
 
 @app.command("check")
@@ -124,9 +138,8 @@ def check(
             ],
         )
         typer.echo(f"gripper: {found.gripper.switches} switches, agreement {found.gripper.score:+.2f} (of -1 to 1)")
-        if found.declared_observation is not None:
-            told = found.found_observation or "not told by the joints"
-            typer.echo(f"observations are taken: {told}; declared: {found.declared_observation}")
+        for where, declared, told in found.observations:
+            typer.echo(f"{where}: observations {told or 'at a time that the joints do not tell'}; declared: {declared}")
         typer.echo(f"images are stored as {found.found}; declared: {found.declared}")
     _require_declared(found)
 
@@ -136,9 +149,12 @@ def _require_declared(found: "SourceCheck") -> None:
     if not found.orientation_agrees:
         say(f"the declaration is wrong; pack with --set source.image_orientation={found.found}")
     if not found.gripper_agrees:
-        say("the gripper's sign is wrong: the fingers open when they are told to close; see --set source.gripper_sign")
+        say(
+            "the gripper's sign is wrong: the fingers open when they are told to close; for LeRobot declare it, e.g. "
+            "--set source.gripper_sign=minus_close_plus_open; HDF5 actions must be converted"
+        )
     if not found.observation_agrees:
-        say(f"rows are one step off; pack with --set source.observation={found.found_observation}")
+        say("rows are one step off; declare it: --set source.observation=after_action (or before_action)")
     if not found.agrees:
         raise typer.Exit(EXIT_FINDING)
 
@@ -150,10 +166,13 @@ def show_row(
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("row.png"),
 ) -> None:
     """Draw one row: all views, depth if any, instruction, action and state."""
+    from geomcache.cache_schemas.errors import InputError
     from geomcache.pipeline.files import write_atomic
     from geomcache.pipeline.pack.picture import row_picture
     from geomcache.pipeline.pack.reader import PackReader
 
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError(f"{out} is no name for a picture", expected="a file ending in .png", fix="--out row.png")
     with PackReader(pack) as reader:
         write_atomic(out, row_picture(reader, row))
     typer.echo(f"picture: {out}")

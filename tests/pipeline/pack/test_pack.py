@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,14 @@ def test_foreign_folders_and_damage_are_named(demo_file: Path, tmp_path: Path) -
     flipped = bytearray(whole)
     flipped[2000] ^= 1
     shard.write_bytes(flipped)
+    (pack / "shards/000009.tar").write_bytes(b"")
     with PackReader(pack) as reader:
-        assert reader.verify(nothing) == [f"{shard} is damaged"]
+        stranger = f"{pack / 'shards/000009.tar'} does not belong to the pack"
+        assert reader.verify(nothing) == [
+            stranger,
+            f"{shard} is damaged: expected the bytes that were packed, found other bytes",
+        ]
+    (pack / "shards/000009.tar").unlink()
     index = (pack / "rows.arrow").read_bytes()
     (pack / "rows.arrow").write_bytes(index[:500] + bytes([index[500] ^ 1]) + index[501:])
     with pytest.raises(PackDamaged, match=r"rows\.arrow"):
@@ -129,7 +136,7 @@ def test_foreign_folders_and_damage_are_named(demo_file: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "lie",
-    [{"rows": 500}, {"rows": -5}, {"episodes": 2}, {"shards": []}, {"index": []}],
+    [{"rows": 500}, {"rows": -5}, {"episodes": 2}, {"shards": []}, {"index": []}, {"name": "../elsewhere.tar"}],
     ids=lambda lie: str(lie),
 )
 def test_a_pack_json_that_contradicts_the_index_is_refused(
@@ -137,7 +144,10 @@ def test_a_pack_json_that_contradicts_the_index_is_refused(
 ) -> None:
     pack = build_pack_at(demo_file, tmp_path / "pack")
     card = json.loads((pack / "pack.json").read_text())
-    (pack / "pack.json").write_text(json.dumps({**card, **lie}))
+    if "name" in lie:  # a good file elsewhere would be verified in place of the one that rows are read from
+        shutil.copy(pack / "shards/000001.tar", tmp_path / "elsewhere.tar")
+        card["shards"][1] |= lie
+    (pack / "pack.json").write_text(json.dumps({**card, **(lie if "name" not in lie else {})}))
     with pytest.raises(PackDamaged, match=r"pack\.json"):
         PackReader(pack)
 

@@ -196,6 +196,19 @@ def test_a_stopped_recording_goes_on_with_what_was_recorded(recording: Recording
     assert not parts.exists()
 
 
+def test_a_file_holds_as_many_demonstrations_as_were_asked_for(recording: Recording, tmp_path: Path) -> None:
+    """Parts of a stopped, larger recording are not joined, and not lost."""
+    out, first, _ = recording
+    parts = tmp_path / f".{first.files[0].name}.parts"
+    shutil.copytree(out.with_name("parts"), parts)
+    shutil.copy(parts / "attempt_000000.hdf5", parts / "attempt_000001.hdf5")
+    with h5py.File(parts / "attempt_000001.hdf5", "a") as file:
+        demo_of(file).attrs["attempt"] = 1
+    assert record(CONFIG, tmp_path).files[0].read_bytes() == first.files[0].read_bytes()
+    assert [path.name for path in parts.iterdir()] == ["attempt_000001.hdf5"]
+    assert record(CONFIG, tmp_path).skipped == (tmp_path / first.files[0].name,)
+
+
 @pytest.mark.slow
 def test_workers_side_by_side_record_the_same_demonstrations(recording: Recording, tmp_path: Path) -> None:
     _, alone, _ = recording

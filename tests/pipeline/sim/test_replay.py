@@ -294,7 +294,7 @@ def test_a_killed_run_loses_one_demonstration_and_finished_files_are_kept(
         rerender(source, rendered.folder, RERENDER.model_copy(update={"height": 32}))
     with pytest.raises(InputError, match="lies inside the source"):
         rerender(source, source / "new", RERENDER)
-    with pytest.raises(InputError, match="nothing to replay"):
+    with pytest.raises(InputError, match="does not exist"):
         rerender(source / "not there", rendered.folder, RERENDER)
 
 

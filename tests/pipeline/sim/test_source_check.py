@@ -89,6 +89,6 @@ def test_an_hdf5_file_is_found_out_from_its_states(
     found = check(path)
     assert (found.declared, found.found, found.orientation_agrees) == ("bottom_up", "upside_down", False)
     right = check(path, image_orientation="upside_down")
-    assert (right.found_observation, right.agrees) == ("before_action", True)
+    assert (right.observations[0][1:], right.agrees) == (("before_action", "before_action"), True)
     wrong = check(path, image_orientation="upside_down", observation="after_action")
     assert (wrong.orientation_agrees, wrong.observation_agrees, wrong.agrees) == (True, False, False)

@@ -119,6 +119,20 @@ def test_a_gripper_of_0_close_1_open_leaves_as_the_simulator_wants_it(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("stored", "declared", "found"),
+    [
+        ("minus_open_plus_close", "minus_close_plus_open", [1.0] * 4 + [-1.0] * 5),
+        ("zero_close_one_open", "zero_open_one_close", [-1.0] * 4 + [1.0] * 5),
+    ],
+)
+def test_the_other_direction_can_be_declared(tmp_path: Path, stored: str, declared: str, found: list[float]) -> None:
+    """Which end of the range opens is not in the values; `pack check` finds it out."""
+    written = write_data_set(tmp_path / "x", gripper=stored)
+    source = Source(Config.model_validate({"path": written.root, "gripper_sign": declared}))
+    assert source.head(0).actions_TA[:, 6].tolist() == found
+
+
+@pytest.mark.parametrize(
     ("stored", "declared"),
     [("minus_open_plus_close", "zero_close_one_open"), ("zero_close_one_open", "minus_open_plus_close")],
 )
@@ -139,8 +153,8 @@ def test_one_episode_without_a_negative_gripper_does_not_change_the_data_sets_si
     with pytest.raises(InputError, match="is not told by its values"):
         Source(Config(path=alone.root)).head(0)
     signs = [Config(path=alone.root, gripper_sign=sign) for sign in get_args(GripperSign)]
-    assert [Source(config).head(0).actions_TA[0, 6] for config in signs] == [1.0, -1.0]
-    assert len({Source(config).revision for config in signs}) == 2
+    assert [Source(config).head(0).actions_TA[0, 6] for config in signs] == [1.0, -1.0, -1.0, 1.0]
+    assert len({Source(config).revision for config in signs}) == len(signs)
 
 
 def test_a_state_with_a_quaternion_becomes_the_contracts_layout(tmp_path: Path) -> None:
