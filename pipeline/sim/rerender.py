@@ -110,15 +110,14 @@ def rerender(
         UnknownName: a file is named after no LIBERO task, or the scene has no such camera.
     """
     require_simulator()
-    targets = _targets(source, out)
+    jobs = [_Job(path, target, source, config) for path, target in _targets(source, out).items()]  # refuses early
     with locked_folder(out):
-        return _render_all(targets, source, config, progress)
+        return _render_all(jobs, config, progress)
 
 
 def _render_all(
-    targets: dict[Path, Path], source: Path, config: RerenderConfig, progress: Callable[[ReplayReport, int, int], None]
+    jobs: "list[_Job]", config: RerenderConfig, progress: Callable[[ReplayReport, int, int], None]
 ) -> list[ReplayReport]:
-    jobs = [_Job(path, target, source, config) for path, target in targets.items()]  # refuses early
     by_label = {job.label: job for job in jobs}
     tasks = [task for job in jobs for task in job.missing()]
     total = sum(len(job.names) for job in jobs)

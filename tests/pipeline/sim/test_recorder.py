@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -13,7 +12,7 @@ import pytest
 from geomcache.cache_schemas.errors import InputError
 from geomcache.pipeline.camera_geometry import inverse_pose, metric_depth
 from geomcache.pipeline.pack.reader import PackReader
-from geomcache.pipeline.sim import demo_file, recorder
+from geomcache.pipeline.sim import demo_file, recorder, suites
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.recorder import Config, EpisodeReport, RecordSummary, record
 from tests.conftest import build_pack_at
@@ -38,14 +37,14 @@ Recording = tuple[Path, RecordSummary, list[EpisodeReport]]
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     reports: list[EpisodeReport] = []
     out = tmp_path_factory.mktemp("recorded")
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # the parts are kept, as if the run had been stopped before joining them
-        patch.setattr(
-            demo_file,
-            "shutil",
-            SimpleNamespace(rmtree=lambda path, **_: path.rename(out.with_name("parts")), disk_usage=shutil.disk_usage),
-        )
+    written = demo_file.write_part
+
+    def write_and_copy(path: Path, config: Config, task: suites.TaskInfo, demo: demo_file.Demo) -> None:
+        written(path, config, task, demo)
+        shutil.copytree(path.with_name(f".{path.name}.parts"), out.with_name("parts"))
+
+    with pytest.MonkeyPatch.context() as patch:  # parts as they stand when a run is stopped before joining them
+        patch.setattr(demo_file, "write_part", write_and_copy)
         summary = record(CONFIG, out, reports.append)
     return out, summary, reports
 
