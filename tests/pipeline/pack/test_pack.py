@@ -17,6 +17,7 @@ from PIL import Image
 from geomcache.cache_schemas.errors import ContractMismatch, InputError, PackDamaged, SchemaTooNew
 from geomcache.pipeline.pack.picture import row_picture
 from geomcache.pipeline.pack.reader import PackReader
+from geomcache.pipeline.pack.shard_writer import _tar_header
 from geomcache.pipeline.sources.libero_hdf5 import Config, Source
 from geomcache.stages.cli.pack import build_from
 from tests.conftest import LENGTHS, build_pack_at, extract_without_ray, nothing, pack_config, whole, write_demo_file
@@ -208,3 +209,12 @@ def test_a_row_is_drawn(pack_path: Path) -> None:
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 500  # the frames are in it
         with pytest.raises(InputError, match=f"row {ROWS} is not in"):
             row_picture(pack, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("00000000.agentview.png", 1), ("00273464.robot0_eye_in_hand.depth.npy", 8**9)]
+)
+def test_tar_headers_are_those_of_pythons_own_tarfile(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert _tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
