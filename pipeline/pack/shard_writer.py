@@ -32,6 +32,7 @@ from geomcache.pipeline.pack.plan import Piece
 
 _ROWS_AT_ONCE = 64  # decoded together; bounds the memory of a worker
 _PNG_LEVEL = 3  # of zlib: a third of the time of the default 6, 5 % larger on LIBERO's frames
+_WRITE_BYTES = 1 << 20  # written at once
 _COMMIT = b"geomcache.shard"
 
 
@@ -144,26 +145,35 @@ class _TarWriter:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._waiting: list[bytes] = []  # few large writes: members are small
+        self._waiting_bytes = 0
         self.digest = hashlib.sha256()
         self.bytes = 0
 
     def add(self, name: str, data: bytes) -> int:
         """Append one member; returns the offset of its data in the tar."""
-        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-        self._write(_tar_header(name, len(data)))
-        offset = self.bytes
-        self._write(data)
-        self._write(padding)
+        offset = self.bytes + tarfile.BLOCKSIZE
+        self._append(_tar_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE))
         return offset
 
     def close(self) -> None:
-        """Append the end of the archive."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        """Append the end of the archive and write what waits."""
+        self._append(bytes(2 * tarfile.BLOCKSIZE))
+        self._flush()
 
-    def _write(self, data: bytes) -> None:
-        self.digest.update(data)
-        self.bytes += len(data)
-        self._file.write(data)
+    def _append(self, *parts: bytes) -> None:
+        self._waiting += parts
+        size = sum(len(part) for part in parts)
+        self.bytes += size
+        self._waiting_bytes += size
+        if self._waiting_bytes >= _WRITE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        joined = b"".join(self._waiting)
+        self.digest.update(joined)
+        self._file.write(joined)
+        self._waiting, self._waiting_bytes = [], 0
 
 
 def _tar_header(name: str, size: int) -> bytes:
