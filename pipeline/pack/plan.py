@@ -114,10 +114,11 @@ class Planner:
         left_out: list[EpisodeLeftOut] = []
         rows = no_op_rows = 0
         for number, episode in self._each(progress):
-            head = self._head(number, episode, known)
-            if (number, episode) in undecodable:
+            if (number, episode) in undecodable:  # first: a whole copy of it elsewhere is no repetition
                 left_out.append(self._left_out(number, episode, undecodable[number, episode]))
-            elif isinstance(head, SourceDamaged):
+                continue
+            head = self._head(number, episode, known)
+            if isinstance(head, SourceDamaged):
                 if not self._request.skip_damaged:
                     raise head
                 left_out.append(self._left_out(number, episode, one_line(head)))

@@ -1,6 +1,5 @@
 """Orientations are found from motion in pictures drawn by a ray caster that shares no code with the project."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,8 @@ from geomcache.pipeline.orientation_track import (
     static_camera_errors,
     wrist_camera_errors,
 )
+from tests.pipeline.test_orientation import STORED
 
-# How numpy turns the upright picture into the stored one.
-STORED: dict[ImageOrientation, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    "upright": lambda upright: upright,
-    "bottom_up": np.flipud,
-    "rot180": np.fliplr,
-    "upside_down": lambda upright: np.rot90(upright, 2),
-    "rot90_left": lambda upright: np.rot90(upright, 1),
-    "rot90_right": lambda upright: np.rot90(upright, -1),
-    "transposed": lambda upright: np.swapaxes(upright, 0, 1),
-    "antitransposed": lambda upright: np.swapaxes(np.rot90(upright, 2), 0, 1),
-}
 SIDE, TABLE = 48, 0.9  # pixels, metres
 # Beyond the table, looking back and down at the robot: right is +y, down and forward as below.
 STATIC_44 = np.array([[0.0, 0.6, -0.8, 0.7], [1.0, 0.0, 0.0, 0.0], [0.0, -0.8, -0.6, 1.6], [0.0, 0.0, 0.0, 1.0]])

@@ -219,6 +219,18 @@ def test_a_demonstration_that_is_there_twice_is_refused(demo_file: Path, tmp_pat
     assert (info.rows, len(info.left_out)) == (ROWS, len(LENGTHS))
 
 
+def test_a_whole_copy_of_a_damaged_demonstration_is_packed(tmp_path: Path) -> None:
+    good = write_demo_file(tmp_path / "all" / "b" / "task_demo.hdf5", lengths=(9, 12))
+    bad = tmp_path / "all" / "a" / "task_demo.hdf5"
+    bad.parent.mkdir()
+    bad.write_bytes(good.read_bytes())
+    _damage(bad, "picture")
+    with h5py.File(bad, "a") as file:
+        file["data/demo_0/actions"][:] *= 0.5  # only demo_1 is there twice
+    info, _ = build_from(pack_config(tmp_path / "all", out=tmp_path / "pack", on_error="skip"), nothing)
+    assert (info.episodes, [one.episode for one in info.left_out]) == (3, [1])
+
+
 def test_a_refused_build_does_not_claim_the_folder(tmp_path: Path) -> None:
     broken = write_demo_file(tmp_path / "task_demo.hdf5")
     whole = broken.read_bytes()
