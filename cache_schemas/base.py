@@ -1,11 +1,17 @@
-"""The base of everything that is written to disk as JSON: frozen, strict, comparable."""
+"""The base of everything that is written to disk as JSON: frozen, strict, comparable, sealed where it matters."""
 
+import hashlib
+import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from geomcache.cache_schemas.errors import GeomcacheError, SchemaTooNew
+
+MAX_JSON_BYTES = 64 << 20  # no file of ours comes near it; a larger one is not read into memory
+_LONG_LIST = 16
+_SEAL = re.compile(rb'^(.*),\n  "sha256": "([0-9a-f]{64})"\n\}\n$', re.DOTALL)
 
 
 class Schema(BaseModel):
@@ -33,9 +39,49 @@ class Schema(BaseModel):
             ) from problem
 
 
+def seal(record: Schema) -> str:
+    """JSON whose last field is the SHA-256 of everything before it, so that one changed bit anywhere is noticed."""
+    text = record.model_dump_json(indent=2)
+    return f'{text[:-2]},\n  "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether ``data`` ends like something that ``seal`` wrote."""
+    return _SEAL.match(data) is not None
+
+
+def unseal(data: bytes, where: str, error: type[GeomcacheError]) -> bytes:
+    """The JSON that was sealed; ``error`` when its bytes are not those that were written."""
+    found = _SEAL.match(data)
+    text = found.group(1) + b"\n}" if found else b""
+    if not found or hashlib.sha256(text).hexdigest().encode() != found.group(2):
+        raise error(
+            f"{where} is not what was written: its own checksum does not hold",
+            expected="the bytes of the command that wrote it; it cannot be edited by hand",
+            found="other bytes" if found else "no checksum at its end",
+            fix="restore the file, or make it again with the command that wrote it",
+        )
+    return text
+
+
+def read_limited(path: Path, error: type[GeomcacheError]) -> bytes:
+    """A small file's bytes; ``error`` when it is far too large to be one of ours."""
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise error(
+            f"{path} is too large to be a record of geomcache",
+            expected=f"at most {MAX_JSON_BYTES >> 20} MiB",
+            found=f"{path.stat().st_size:,} bytes",
+            fix="restore the file, or make it again with the command that wrote it",
+        )
+    return data
+
+
 class VersionedSchema(Schema):
     """A record that stands in a file of its own; a file of a newer schema is refused by name."""
 
+    sealed_since: ClassVar[int | None] = None  # schema version from which on the file ends with its own checksum
     schema_version: int = 1
 
     @classmethod
@@ -46,8 +92,13 @@ class VersionedSchema(Schema):
             SchemaTooNew: a newer geomcache wrote it.
             error: it is no valid record; the field is named.
         """
-        text, newest = path.read_bytes(), cls.model_fields["schema_version"].default
-        version = _OnlyVersion.parse(text, str(path), error).schema_version
+        return cls.parse_versioned(read_limited(path, error), str(path), error)
+
+    @classmethod
+    def parse_versioned(cls, text: bytes, path: str, error: type[GeomcacheError]) -> Self:
+        """``read`` of bytes that came from somewhere else than a local file."""
+        newest = cls.model_fields["schema_version"].default
+        version = _OnlyVersion.parse(text, path, error).schema_version
         if version > newest:
             raise SchemaTooNew(
                 f"{path} was written by a newer geomcache",
@@ -55,7 +106,9 @@ class VersionedSchema(Schema):
                 found=f"schema version {version}",
                 fix="pip install --upgrade geomcache",
             )
-        return cls.parse(text, str(path), error)
+        if cls.sealed_since is not None and version >= cls.sealed_since:
+            text = unseal(text, path, error)
+        return cls.parse(text, path, error)
 
 
 class _OnlyVersion(Schema):
@@ -71,4 +124,9 @@ def _differences(mine: Any, theirs: Any, name: str) -> list[str]:
         keys = list(mine) + [key for key in theirs if key not in mine]
         dot = f"{name}." if name else ""
         return [line for key in keys for line in _differences(mine.get(key), theirs.get(key), f"{dot}{key}")]
-    return [] if mine == theirs else [f"{name}: {mine!r} != {theirs!r}"]
+    if mine == theirs:
+        return []
+    if isinstance(mine, list) and isinstance(theirs, list) and max(len(mine), len(theirs)) > _LONG_LIST:
+        differing = sum(a != b for a, b in zip(mine, theirs, strict=False)) + abs(len(mine) - len(theirs))
+        return [f"{name}: {differing} of {max(len(mine), len(theirs))} values differ"]
+    return [f"{name}: {mine!r} != {theirs!r}"]

@@ -56,6 +56,10 @@ class CacheDamaged(GeomcacheError):
     """Bytes of the cache are not those that were committed."""
 
 
+class CacheLocked(GeomcacheError):
+    """Another run is writing the cache."""
+
+
 class ContractMismatch(GeomcacheError):
     """Two parts of the pipeline follow different conventions (orientation, cameras, state, action, ...)."""
 

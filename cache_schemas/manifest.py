@@ -1,16 +1,18 @@
 """manifest.json of a cache, and the commit record that stands beside every finished shard."""
 
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from geomcache.cache_schemas.base import Schema, VersionedSchema
+from geomcache.cache_schemas.base import Schema, VersionedSchema, is_sealed, unseal
 from geomcache.cache_schemas.contract import Contract
+from geomcache.cache_schemas.errors import CacheDamaged
 from geomcache.cache_schemas.fingerprint import Fingerprint
 from geomcache.cache_schemas.layout import shard_count
 from geomcache.cache_schemas.token_spec import TokenSpec
 
 MANIFEST_NAME = "manifest.json"
+ArrayName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]  # becomes a path: never one that climbs
 
 
 class ArraySpec(Schema):
@@ -19,6 +21,7 @@ class ArraySpec(Schema):
     dtype: str  # Zarr data type on disk, e.g. "uint16"
     row_shape: tuple[int, ...]
     logical_dtype: str  # what the bits mean, e.g. "bfloat16"
+    compression: Literal["blosc"] | None = None  # of each row inside the shard: byte shuffle + zstd, lossless
 
 
 class EncoderRecord(Schema):
@@ -49,15 +52,18 @@ class TokenRecipe(Schema):
 class Manifest(VersionedSchema):
     """What a cache is. Written once, before the first shard; never changed."""
 
+    sealed_since: ClassVar[int | None] = 2
+    schema_version: int = 2  # 2: sealed, pooled and int8 tokens; 1 can still be read
     recipe: TokenRecipe
     rows: int = Field(ge=0)
     rows_per_shard: int = Field(ge=1)
-    arrays: dict[str, ArraySpec]
+    arrays: dict[ArrayName, ArraySpec]
     geomcache_version: str
+    derived_from: str | None = None  # id of the cache it was made from by `cache derive`
 
     def describe_difference(self, other: Self) -> list[str]:
         """Differences of what the cache holds; the version that wrote it is none."""
-        same = {"recipe": other.recipe, "geomcache_version": other.geomcache_version}
+        same = {name: getattr(other, name) for name in ("recipe", "geomcache_version", "schema_version")}
         rest = super(Manifest, self.model_copy(update=same)).describe_difference(other)
         return [f"recipe.{line}" for line in self.recipe.describe_difference(other.recipe)] + rest
 
@@ -65,6 +71,20 @@ class Manifest(VersionedSchema):
     def shards(self) -> int:
         """Number of shards of the complete cache."""
         return shard_count(self.rows, self.rows_per_shard)
+
+
+class ShardStatistics(Schema):
+    """Of one shard's tokens as a reader gets them, over finite values; what schema version 1 lacks is None."""
+
+    min: float
+    max: float
+    mean_norm: float  # of a token
+    non_finite: int  # values
+    mean: float | None = None
+    std: float | None = None
+    valid_rows: str | None = None  # hex, first row = highest bit: 1 where every value of the row is finite
+    codec_max_error: float | None = None  # largest |stored - encoder's|
+    codec_rms_error: float | None = None  # root mean square of the same, each channel divided by its own std
 
 
 class ShardCommit(Schema):
@@ -76,5 +96,15 @@ class ShardCommit(Schema):
     cache_id: str  # of the fingerprint, so that a shard from another cache is recognised
     digests: dict[str, str]  # array name -> SHA-256 of the shard file
     sizes: dict[str, int]  # array name -> bytes of the shard file
-    statistics: dict[str, float]  # min, max, mean_norm, non_finite
+    # array name -> hex of each row's crc32c (little-endian, 8 characters a row): a row that is whole but lies in the
+    # wrong place, shard or cache fails its check. Empty in schema version 1.
+    row_crc32c: dict[str, str] = Field(default_factory=dict)
+    statistics: ShardStatistics
     seconds: dict[str, float]  # read, encode, write
+
+    @classmethod
+    def read(cls, data: bytes, where: str, manifest: Manifest) -> Self:
+        """Parse a record's bytes; ``CacheDamaged`` when they are not those that were written."""
+        if manifest.schema_version >= 2 or is_sealed(data):
+            data = unseal(data, where, CacheDamaged)
+        return cls.parse(data, where, CacheDamaged)

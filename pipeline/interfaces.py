@@ -85,18 +85,18 @@ class GeometryEncoder(Protocol):
 
 @runtime_checkable
 class TokenCodec(Protocol):
-    """Tokens <-> stored arrays, with a stated error bound."""
+    """Tokens <-> stored arrays, with a stated error bound. Built by ``Codec(spec)``; the spec is its only setting."""
 
     name: str
+    needs_statistics: bool  # whether the spec must carry channel_statistics
 
-    def arrays(self, spec: TokenSpec) -> dict[str, ArraySpec]: ...
+    def arrays(self) -> dict[str, ArraySpec]: ...  # what is stored of one row
 
-    def encode(self, tokens_BVGD: torch.Tensor) -> dict[str, NDArray[Any]]: ...
+    def encode(self, tokens_BVGD: torch.Tensor) -> dict[str, NDArray[Any]]: ...  # rows are independent of each other
 
-    def decode(self, arrays: Mapping[str, NDArray[Any]]) -> torch.Tensor: ...  # float32 [B, V, G, D]
+    def decode(self, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor: ...  # float32 [B, V, G, D], arrays' device
 
-    @property
-    def max_relative_error(self) -> float: ...  # of one value, after one round trip
+    def error_bound(self, tokens_BVGD: torch.Tensor) -> torch.Tensor: ...  # largest |decoded - token| of each value
 
 
 @runtime_checkable

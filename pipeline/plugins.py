@@ -1,7 +1,7 @@
 """(kind, name) -> class, resolved lazily: one file per plug-in, its file name is its name.
 
-Adding an encoder, codec, source, compressor or backbone = dropping one file into its folder; it holds ``Config``
-(a frozen Schema) and the class named below. Listing names imports nothing.
+Adding an encoder, codec, source, compressor or backbone = dropping one file into its folder; it holds the class named
+below and its ``Config`` (a frozen Schema; a codec has none, the TokenSpec is its setting). Listing imports nothing.
 """
 
 import difflib

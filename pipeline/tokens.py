@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from numpy.typing import NDArray
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import Contract
@@ -19,6 +20,7 @@ from geomcache.pipeline.encoding import encode_padded
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.image_path import IMAGE_PATH_VERSION
 from geomcache.pipeline.interfaces import GeometryEncoder, TokenCodec
+from geomcache.pipeline.pooling import pool_tokens
 
 
 def build_encoder(
@@ -44,18 +46,46 @@ def build_encoder(
     return encoder
 
 
-def build_codec(name: str) -> TokenCodec:
-    """The codec plug-in of that name; raises ``UnknownName``."""
-    return cast(TokenCodec, plugins.load("codec", name)(plugins.config_class("codec", name)()))
+def build_codec(spec: TokenSpec) -> TokenCodec:
+    """The codec plug-in that ``spec.codec`` names; raises ``UnknownName``, or ``ConfigError`` without statistics."""
+    return cast(TokenCodec, plugins.load("codec", spec.codec)(spec))
 
 
 def round_trip(codec: TokenCodec, tokens_BVGD: torch.Tensor) -> torch.Tensor:
     """What a reader of the cache would get for these tokens: float32 [B, V, G, D] on the CPU."""
-    return codec.decode(codec.encode(tokens_BVGD))
+    return codec.decode(as_tensors(codec.encode(tokens_BVGD)))
+
+
+def as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    """The same memory, as tensors."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class StoredForm:
+    """An encoder's tokens on their way into a cache and out again; the live path makes the same way.
+
+    Full tokens -> the source codec and back (a derived cache was made from stored tokens) -> means of K groups (a
+    pooled cache) -> the codec.
+    """
+
+    def __init__(self, spec: TokenSpec) -> None:
+        self.spec = spec
+        self.codec = build_codec(spec)
+        self._source = build_codec(spec.full) if spec.source_codec is not None else None
+
+    def prepare(self, tokens_BVGD: torch.Tensor) -> torch.Tensor:
+        """Full tokens, float32 -> what the codec is given, [B, *spec.row_shape]; rows are independent."""
+        if self._source is not None:
+            tokens_BVGD = round_trip(self._source, tokens_BVGD)
+        return tokens_BVGD if self.spec.pooled_to is None else pool_tokens(tokens_BVGD.cpu(), self.spec.pooled_to)
+
+    def round_trip(self, tokens_BVGD: torch.Tensor) -> torch.Tensor:
+        """Full tokens -> what a reader of the cache gets for them."""
+        return round_trip(self.codec, self.prepare(tokens_BVGD))
 
 
 def token_recipe(
-    encoder: GeometryEncoder, contract: Contract, pack_digest: str, codec: str | None = None
+    encoder: GeometryEncoder, contract: Contract, pack_digest: str, codec: str | None = None, **storage: Any
 ) -> TokenRecipe:
     """Everything the tokens depend on, and how to build the encoder again.
 
@@ -67,21 +97,27 @@ def token_recipe(
         encoder: built; weights are read for their digest if they are not loaded yet.
         contract: the one the encoder was built with.
         pack_digest: of the pack the frames come from.
-        codec: name; None takes the encoder's own default.
+        codec: name; None takes the encoder's own default (fp32 for pooled tokens).
+        storage: the other fields of ``TokenSpec.storage``.
     """
-    spec = encoder.spec.model_copy(update={"codec": codec or encoder.default_codec})
+    default = "fp32" if storage.get("pooled_to") is not None else encoder.default_codec
+    spec = encoder.spec.model_copy(update={"codec": codec or default, **storage})
+    spec = TokenSpec.model_validate(spec.model_dump())  # model_copy checks nothing
     settings = encoder.config.model_dump(mode="json")
     return TokenRecipe(
         spec=spec,
         contract=contract,
         fingerprint=Fingerprint(
-            encoder_config=digest_json(
-                {
-                    "encoder": spec.encoder,
-                    "version": encoder.version,
-                    "config": {name: settings[name] for name in _fingerprint_fields(encoder.config)},
-                    "spec": spec.model_dump(mode="json"),
-                }
+            encoder_config=stored_digest(
+                digest_json(
+                    {
+                        "encoder": spec.encoder,
+                        "version": encoder.version,
+                        "config": {name: settings[name] for name in _fingerprint_fields(encoder.config)},
+                        "spec": _as_first_written(spec.full),
+                    }
+                ),
+                spec,
             ),
             weights=encoder.weights_digest(),
             image_path=IMAGE_PATH_VERSION,
@@ -91,6 +127,18 @@ def token_recipe(
     )
 
 
+def stored_digest(full_digest: str, spec: TokenSpec) -> str:
+    """``Fingerprint.encoder_config`` of tokens kept as ``spec`` says, from that of the full tokens."""
+    if spec == spec.full:
+        return full_digest
+    return digest_json({"full": full_digest, "spec": spec.model_dump(mode="json")})
+
+
+def _as_first_written(full: TokenSpec) -> dict[str, Any]:
+    """Without the fields that schema version 1 did not have, so that old caches keep their id."""
+    return {name: value for name, value in full.model_dump(mode="json").items() if value is not None}
+
+
 def _fingerprint_fields(config: Schema) -> list[str]:
     return [name for name, field in type(config).model_fields.items() if field.json_schema_extra != NOT_IN_FINGERPRINT]
 
@@ -98,16 +146,15 @@ def _fingerprint_fields(config: Schema) -> list[str]:
 class LiveTokens:
     """TokenProvider that runs the encoder; equal to the cache's tokens, bit for bit on a CPU."""
 
-    def __init__(self, encoder: GeometryEncoder, codec: TokenCodec) -> None:
-        """``encoder`` is loaded; ``codec`` is the cache's."""
+    def __init__(self, encoder: GeometryEncoder, spec: TokenSpec) -> None:
+        """``encoder`` is loaded; ``spec`` is the cache's: the encoder's own, and how the tokens are kept."""
         self._encoder = encoder
-        self._codec = codec
-        self._spec = encoder.spec.model_copy(update={"codec": codec.name})
+        self._form = StoredForm(encoder.spec.model_copy(update=spec.storage))
 
     @property
     def spec(self) -> TokenSpec:
-        """The encoder's, with this codec."""
-        return self._spec
+        """The encoder's, with the cache's storage."""
+        return self._form.spec
 
     @property
     def needs_depth(self) -> bool:
@@ -115,5 +162,5 @@ class LiveTokens:
         return bool(self._encoder.needs - {"images"})
 
     def tokens(self, frames: FrameBatch) -> torch.Tensor:
-        """N frames -> float32 [N, V, G, D] on the CPU."""
-        return round_trip(self._codec, encode_padded(self._encoder, frames))
+        """N frames -> float32 [N, *spec.row_shape] on the CPU."""
+        return self._form.round_trip(encode_padded(self._encoder, frames))

@@ -102,16 +102,32 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def extract_without_ray(pack: Path, encoder: str, out: Path, **settings: Any) -> Path:
+def extract_without_ray(
+    pack: Path,
+    encoder: str,
+    out: Path,
+    *,
+    codec: str | None = None,
+    pool: int | None = None,
+    statistics_from: str | None = None,
+    **settings: Any,
+) -> Path:
     """A complete cache, made by the same worker class in this process."""
-    from geomcache.stages.extract.plan import ExtractConfig, make_plan
+    from geomcache.stages.extract.plan import ExtractConfig, begin, make_plan
     from geomcache.stages.extract.worker import ShardWorker
 
     config = ExtractConfig(
-        pack=pack, out=out, encoder=encoder, encoder_config={**ENCODERS[encoder], **settings}, device="cpu"
+        pack=pack,
+        out=out,
+        encoder=encoder,
+        encoder_config={**ENCODERS[encoder], **settings},
+        codec=codec,
+        pool=pool,
+        statistics_from=statistics_from,
+        device="cpu",
     )
-    plan = make_plan(config)
-    worker = ShardWorker(config, plan.manifest, plan.device)
+    plan = begin(make_plan(config))
+    worker = ShardWorker(pack, out, plan.manifest, plan.device)
     for shard in plan.remaining:
         worker.run(shard)
     return out

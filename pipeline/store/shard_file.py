@@ -7,7 +7,8 @@ whole; see docs/design.md.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import CacheDamaged
-from geomcache.cache_schemas.layout import CRC_BYTES, EMPTY, INDEX_ENTRY_BYTES
-from geomcache.pipeline.files import atomic_writer
+from geomcache.cache_schemas.layout import BLOSC, CRC_BYTES, EMPTY, INDEX_ENTRY_BYTES
+from geomcache.pipeline.files import atomic_writer, write_all
 
-_REDO = "geomcache cache verify CACHE --repair, then run the same geomcache extract again"
+REDO = "geomcache cache verify CACHE --repair, then run the same geomcache extract again"
+_GROUP_BYTES = 8 << 20  # written by one system call; small enough that the first checksums are ready at once
+_GROUP_ROWS = 256  # a system call takes 1,024 buffers, two a row
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,15 @@ class WrittenFile:
 
     bytes: int
     sha256: str
+    row_crc32c: str  # hex, 8 characters a row
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Rows ready to be written: payload, checksum, payload, checksum, ..."""
+
+    parts: list[memoryview | bytes]
+    sizes: list[int]  # of each payload
 
 
 def crc32c(data: bytes | memoryview) -> bytes:
@@ -36,69 +48,100 @@ def crc32c(data: bytes | memoryview) -> bytes:
     return int(crc32c_package.crc32c(data)).to_bytes(CRC_BYTES, "little")
 
 
-def write_shard(path: Path, rows: NDArray[Any], slots: int) -> WrittenFile:
-    """Write ``rows`` [n <= slots, ...] as one shard of ``slots`` inner chunks; slots beyond n are empty."""
-    digest, size = hashlib.sha256(), 0
+def write_shard(path: Path, rows: NDArray[Any], slots: int, *, compressed: bool = False) -> WrittenFile:
+    """Write ``rows`` [n <= slots, ...] as one shard of ``slots`` inner chunks; slots beyond n are empty.
+
+    Checksums (and compression) of later rows are computed by threads while earlier rows are being written, and the
+    file's digest while the disk is still busy.
+    """
+    digest, size, crcs = hashlib.sha256(), 0, bytearray()
     index = np.full((slots, 2), EMPTY, dtype="<u8")
     contiguous = np.ascontiguousarray(rows)
-    with atomic_writer(path) as file:
-        for number in range(len(contiguous)):
-            data = contiguous[number].tobytes()
-            index[number] = size, len(data) + CRC_BYTES
-            for part in (data, crc32c(data)):
-                file.write(part)
-                digest.update(part)
-            size += len(data) + CRC_BYTES
-        for part in (index.tobytes(), crc32c(index.tobytes())):
-            file.write(part)
+    groups = list(_groups(len(contiguous), contiguous[:1].nbytes))
+
+    def take(parts: Sequence[memoryview | bytes]) -> None:
+        for part in parts:
             digest.update(part)
-            size += len(part)
-    return WrittenFile(size, digest.hexdigest())
+
+    with (
+        ThreadPoolExecutor(os.cpu_count() if compressed else 1, "pack-rows") as packers,
+        ThreadPoolExecutor(1, "digest") as digester,
+        atomic_writer(path) as file,
+    ):
+        packed = [packers.submit(_pack, contiguous, group, compressed) for group in groups]
+        for number, group in enumerate(groups):
+            ready = packed[number].result()
+            for row, payload in zip(group, ready.sizes, strict=True):
+                index[row] = size, payload + CRC_BYTES
+                size += payload + CRC_BYTES
+            crcs += b"".join(bytes(crc) for crc in ready.parts[1::2])
+            write_all(file.fileno(), ready.parts)
+            digester.submit(take, ready.parts)
+        tail = [index.tobytes(), crc32c(index.tobytes())]
+        write_all(file.fileno(), tail)
+        done = digester.submit(take, tail)
+    done.result()
+    return WrittenFile(size + sum(map(len, tail)), digest.hexdigest(), crcs.hex())
 
 
-def read_index(path: Path, slots: int) -> NDArray[np.uint64]:
-    """The shard's index [slots, 2] of (offset, nbytes), checked.
+def _groups(rows: int, row_bytes: int) -> Iterator[range]:
+    count = max(1, min(_GROUP_ROWS, _GROUP_BYTES // max(row_bytes, 1)))
+    for start in range(0, rows, count):
+        yield range(start, min(start + count, rows))
 
-    Raises:
-        CacheDamaged: the file is missing, too short, or its index fails its checksum.
-    """
-    length = slots * INDEX_ENTRY_BYTES + CRC_BYTES
+
+def _pack(rows: NDArray[Any], group: range, compressed: bool) -> _Packed:
+    parts: list[memoryview | bytes] = []
+    sizes = []
+    for number in group:
+        payload = compress(rows[number]) if compressed else memoryview(rows[number : number + 1].data).cast("B")
+        parts += [payload, crc32c(payload)]
+        sizes.append(len(payload))
+    return _Packed(parts, sizes)
+
+
+def compress(row: NDArray[Any]) -> bytes:
+    """A row as Zarr's blosc codec stores it."""
+    from numcodecs import blosc
+
+    shuffle = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}[BLOSC["shuffle"]]
+    packed = blosc.compress(
+        np.ascontiguousarray(row), BLOSC["cname"].encode(), BLOSC["clevel"], shuffle, BLOSC["blocksize"]
+    )
+    return bytes(packed)
+
+
+def decompress(data: memoryview | bytes, out: memoryview, where: str) -> None:
+    """Unpack a blosc chunk into ``out``; ``CacheDamaged`` when it is not exactly a row."""
+    from numcodecs import blosc
+
+    header = bytes(data[:16])  # c-blosc's: byte 4 on: uint32 nbytes, blocksize, cbytes
+    if len(header) < 16 or int.from_bytes(header[4:8], "little") != out.nbytes:
+        raise CacheDamaged(f"{where}: a compressed row has another size than the manifest says", fix=REDO)
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size < length:
-                raise CacheDamaged(f"{path} is cut short", expected=f">= {length} bytes", found=f"{size}", fix=_REDO)
-            file.seek(size - length)
-            data = file.read(length)
-    except FileNotFoundError as problem:
-        raise CacheDamaged(f"{path} is missing", expected="a committed shard", found="no file", fix=_REDO) from problem
-    if crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
-        raise CacheDamaged(f"{path}: the shard index fails its checksum", found="other bytes than written", fix=_REDO)
-    return np.frombuffer(data[:-CRC_BYTES], dtype="<u8").reshape(slots, 2)
+        blosc.decompress(data, out)
+    except RuntimeError as problem:
+        raise CacheDamaged(f"{where}: a compressed row cannot be unpacked", found=str(problem), fix=REDO) from problem
 
 
-def read_rows(
-    handle: int, path: Path, index: NDArray[np.uint64], slots: Sequence[int], out: Sequence[memoryview]
-) -> None:
-    """Read the rows in ``slots`` of an open shard into ``out`` (one writable byte view per row), checked.
+def index_length(slots: int) -> int:
+    """Bytes of the index at a shard's end, checksum included."""
+    return slots * INDEX_ENTRY_BYTES + CRC_BYTES
+
+
+def parse_index(tail: bytes, file_size: int, slots: int, path: str) -> NDArray[np.uint64]:
+    """The shard's index [slots, 2] of (offset, nbytes) from the file's last bytes, checked.
 
     Raises:
-        CacheDamaged: a row was never written, is cut short, or fails its checksum.
+        CacheDamaged: the file is too short, its index fails its checksum or points outside the file.
     """
-    for slot, view in zip(slots, out, strict=True):
-        offset, stored = int(index[slot, 0]), int(index[slot, 1])
-        if offset == EMPTY or stored != view.nbytes + CRC_BYTES:
-            raise CacheDamaged(
-                f"{path}: row {slot} of the shard",
-                expected=f"{view.nbytes + CRC_BYTES} bytes",
-                found="none",
-                fix=_REDO,
-            )
-        checksum = bytearray(CRC_BYTES)
-        got = os.preadv(handle, [view, checksum], offset)
-        if got != stored or crc32c(view) != bytes(checksum):
-            raise CacheDamaged(
-                f"{path}: row {slot} of the shard fails its checksum",
-                found="other bytes than written",
-                fix=_REDO,
-            )
+    length = index_length(slots)
+    if file_size < length or len(tail) != length:
+        raise CacheDamaged(f"{path} is cut short", expected=f">= {length} bytes", found=f"{file_size}", fix=REDO)
+    if crc32c(tail[:-CRC_BYTES]) != tail[-CRC_BYTES:]:
+        raise CacheDamaged(f"{path}: the shard index fails its checksum", found="other bytes than written", fix=REDO)
+    index: NDArray[np.uint64] = np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(slots, 2)
+    end = index.sum(axis=1)[index[:, 0] != EMPTY]
+    if len(end) and int(end.max()) > file_size - length:
+        raise CacheDamaged(f"{path}: the shard index points outside the file", fix=REDO)
+    return index

@@ -1,80 +1,139 @@
-"""Whole-store check: structure, commit records, digests, checksums of every row; optional repair."""
+"""Whole-store check: manifest, metadata, commit records, every byte of every shard; coverage of the pack; repair."""
 
-import math
+import contextlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from geomcache.cache_schemas.errors import CacheDamaged, GeomcacheError
 from geomcache.cache_schemas.fingerprint import digest_file
-from geomcache.cache_schemas.layout import commit_path, shard_path, shard_rows
+from geomcache.cache_schemas.layout import commit_path
 from geomcache.cache_schemas.manifest import Manifest, ShardCommit
 from geomcache.pipeline.files import write_atomic
+from geomcache.pipeline.store.commits import read_commits, wrong_metadata, zarr_metadata
+from geomcache.pipeline.store.local_files import LocalFiles
+from geomcache.pipeline.store.lock import write_lock
 from geomcache.pipeline.store.reader import open_manifest
-from geomcache.pipeline.store.shard_file import read_index, read_rows
-from geomcache.pipeline.store.writer import committed_shards, zarr_metadata
+from geomcache.pipeline.store.rows import StoredRows, load_index
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was found; ``damaged`` maps a shard to its problem."""
+    """What was found."""
 
     shards: int
-    committed: int
-    damaged: dict[int, str]
-    metadata: tuple[str, ...]  # zarr.json files that are missing or not those of the manifest
-    repaired: bool
+    committed: int  # damaged ones included
+    rows: int
+    rows_committed: int  # in shards that are whole
+    bytes: int
+    damaged: dict[int, str]  # shard -> its problem
+    metadata: tuple[str, ...]  # zarr.json files that are missing or do not say what the manifest says
+    non_finite_values: int  # that the encoder made, by the commit records
+    rows_with_non_finite: int
+    pack: str  # "matches", "not compared", or what differs
+    repaired: bool = False
+    bad_rows: dict[int, list[int]] = field(default_factory=dict)  # shard -> rows of the cache that fail their checksum
 
     @property
     def complete(self) -> bool:
         """Every shard is there and whole."""
-        return self.committed == self.shards and not self.damaged and not self.metadata
+        whole = self.committed == self.shards and not self.damaged and not self.metadata
+        return whole and self.pack in ("matches", "not compared")
 
 
-def verify_cache(path: Path, *, repair: bool, progress: Callable[[int, int], None]) -> VerifyResult:
-    """Check every byte of the cache; with ``repair`` drop damaged shards so that extract redoes just those."""
-    manifest = open_manifest(path)
-    wrong = [name for name, text in zarr_metadata(manifest).items() if not _holds(path / name, text)]
+def verify_cache(
+    path: Path, *, repair: bool, progress: Callable[[int, int], None], pack: tuple[str, int] | None = None
+) -> VerifyResult:
+    """Check every byte of the cache; with ``repair`` drop damaged shards so that extract redoes just those.
+
+    Args:
+        path: the cache's folder.
+        repair: remove the records of damaged shards and write lost metadata again.
+        progress: called with (shards done, shards).
+        pack: digest and rows of the pack that the cache should cover.
+
+    Raises:
+        CacheMissing, CacheDamaged, SchemaTooNew: the manifest cannot be read.
+        CacheLocked: a writer is at work (only with ``repair``).
+    """
+    with write_lock(path, "cache verify --repair") if repair else contextlib.nullcontext():
+        return _verify(path, repair, progress, pack)
+
+
+def _verify(
+    path: Path, repair: bool, progress: Callable[[int, int], None], pack: tuple[str, int] | None
+) -> VerifyResult:
+    manifest, files = open_manifest(path), LocalFiles(path)
+    damaged: dict[int, str] = {}
+    commits = read_commits(files, manifest, on_error=lambda shard, problem: damaged.update({shard: problem.what}))
+    wrong = wrong_metadata(files, manifest)
+    bad_rows: dict[int, list[int]] = {}
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:  # hashing leaves the interpreter free
+        done = len(damaged)
+        for shard, problem in pool.map(lambda commit: _problem(files, manifest, commit), commits.values()):
+            if problem is not None:
+                damaged[shard] = problem
+                bad_rows[shard] = _failing_rows(files, manifest, commits[shard])
+            done += 1
+            progress(done, len(commits) + len(damaged))
+    files.close()
     if repair:
         for name in wrong:
             write_atomic(path / name, zarr_metadata(manifest)[name])
-    committed, damaged = 0, {}
-    shards = committed_shards(path, manifest)
-    for shard in shards:
-        record = path / commit_path(shard)
-        committed += 1
+        for shard in damaged:
+            (path / commit_path(shard)).unlink(missing_ok=True)
+    whole = [commit for shard, commit in commits.items() if shard not in damaged]
+    return VerifyResult(
+        shards=manifest.shards,
+        committed=len(commits.keys() | damaged.keys()),
+        rows=manifest.rows,
+        rows_committed=sum(commit.rows for commit in whole),
+        bytes=sum(sum(commit.sizes.values()) for commit in whole),
+        damaged=dict(sorted(damaged.items())),
+        metadata=tuple(wrong),
+        non_finite_values=sum(commit.statistics.non_finite for commit in whole),
+        rows_with_non_finite=sum(_invalid_rows(commit) for commit in whole),
+        pack=_coverage(manifest, pack),
+        repaired=repair and bool(damaged or wrong),
+        bad_rows={shard: rows for shard, rows in bad_rows.items() if rows},
+    )
+
+
+def _problem(files: LocalFiles, manifest: Manifest, commit: ShardCommit) -> tuple[int, str | None]:
+    """What is wrong with a shard. Its digest was taken while it was written, so equal digests mean equal bytes."""
+    try:
+        for name, array in manifest.arrays.items():
+            index = load_index(files, manifest, commit, name, array)
+            if digest_file(files.folder / index.path) != commit.digests[name]:
+                raise CacheDamaged(f"{files.folder / index.path}: its digest is not the committed one")
+    except GeomcacheError as problem:
+        return commit.shard, problem.what
+    return commit.shard, None
+
+
+def _failing_rows(files: LocalFiles, manifest: Manifest, commit: ShardCommit) -> list[int]:
+    """Rows of a damaged shard that cannot be read; empty when none can be told apart."""
+    reader = StoredRows(files, manifest, {commit.shard: commit}, "every", 1)
+    failing = []
+    for row in range(commit.first_row, commit.first_row + commit.rows):
         try:
-            _check_shard(path, manifest, shard, ShardCommit.parse(record.read_bytes(), str(record), CacheDamaged))
-        except GeomcacheError as problem:
-            damaged[shard] = problem.what
-            if repair:
-                record.unlink(missing_ok=True)
-        progress(committed, len(shards))
-    return VerifyResult(manifest.shards, committed, damaged, tuple(wrong), repair and bool(damaged or wrong))
+            reader.read([row])
+        except GeomcacheError:
+            failing.append(row)
+    return failing
 
 
-def _holds(path: Path, text: str) -> bool:
-    return path.exists() and path.read_bytes() == text.encode()
+def _invalid_rows(commit: ShardCommit) -> int:
+    mask = commit.statistics.valid_rows
+    return 0 if mask is None else commit.rows - int(mask or "0", 16).bit_count()
 
 
-def _check_shard(path: Path, manifest: Manifest, shard: int, commit: ShardCommit) -> None:
-    rows = shard_rows(shard, manifest.rows, manifest.rows_per_shard)
-    if commit.cache_id != manifest.recipe.fingerprint.cache_id or (commit.shard, commit.rows) != (
-        shard,
-        len(rows),
-    ):
-        raise CacheDamaged(f"shard {shard}: its commit record belongs to another cache or shard")
-    if set(commit.digests) != set(manifest.arrays) or set(commit.sizes) != set(manifest.arrays):
-        raise CacheDamaged(f"shard {shard}: its commit record names other arrays than the manifest")
-    for name, array in manifest.arrays.items():
-        file = path / shard_path(name, shard, len(array.row_shape))
-        index = read_index(file, manifest.rows_per_shard)
-        buffer = bytearray(math.prod(array.row_shape) * np.dtype(array.dtype).itemsize)
-        view = memoryview(buffer)
-        with file.open("rb") as handle:
-            for slot in range(len(rows)):
-                read_rows(handle.fileno(), file, index, [slot], [view])
-        if file.stat().st_size != commit.sizes[name] or digest_file(file) != commit.digests[name]:
-            raise CacheDamaged(f"{file}: its digest is not the committed one")
+def _coverage(manifest: Manifest, pack: tuple[str, int] | None) -> str:
+    if pack is None:
+        return "not compared"
+    digest, rows = pack
+    if digest != manifest.recipe.fingerprint.pack:
+        return f"another pack: {digest[:16]}, the cache was made from {manifest.recipe.fingerprint.pack[:16]}"
+    return "matches" if rows == manifest.rows else f"{rows} rows in the pack, {manifest.rows} in the cache"

@@ -1,13 +1,26 @@
-"""``geomcache cache``."""
+"""``geomcache cache``: ls, info, verify, derive; stats, show, diff are in ``cache_look.py``, bench in its own file."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geomcache.stages.cli.common import EXIT_FINDING, JsonOption, progress_bar, say, show_table, show_values
+from geomcache.stages.cli import cache_bench, cache_look
+from geomcache.stages.cli.common import (
+    EXIT_FINDING,
+    JsonOption,
+    UnlockOption,
+    progress_bar,
+    say,
+    show,
+    show_table,
+    show_values,
+)
 
-app = typer.Typer(help="Token caches: look at them, check every byte.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from geomcache.pipeline.store.verify import VerifyResult
+
+app = typer.Typer(help="Token caches: look at them, check every byte, make smaller ones.", no_args_is_help=True)
 
 
 @app.command("ls")
@@ -18,32 +31,44 @@ def ls(
     """All caches under a folder."""
     from geomcache.cache_schemas.errors import GeomcacheError
     from geomcache.cache_schemas.manifest import MANIFEST_NAME
+    from geomcache.pipeline.store.overview import overview
 
     found = []
     for path in sorted(folder.rglob(MANIFEST_NAME)):
         try:
-            found.append(_summary(path.parent))
+            found.append(overview(str(path.parent)).model_dump(mode="json"))
         except GeomcacheError as problem:
             say(f"left out: {problem.what}")
     if as_json:
         show_values({"caches": found}, as_json)
         return
-    columns = ["cache", "encoder", "tap", "rows", "complete", "bytes", "license"]
-    show_table(f"caches under {folder}", columns, [[str(entry[name]) for name in columns] for entry in found])
+    columns = ["cache", "encoder", "tap", "codec", "row_shape", "rows", "complete", "bytes", "license"]
+    show_table(f"caches under {folder}", columns, [[_cell(entry[name]) for name in columns] for entry in found])
 
 
 @app.command("info")
 def info(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(help="Folder or URL of the cache.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What a cache is: spec, contract, fingerprint, progress."""
+    """What a cache is: progress, statistics, what it can train, spec, contract, fingerprint."""
+    from geomcache.pipeline.store.overview import overview
     from geomcache.pipeline.store.reader import open_manifest
+    from geomcache.stages.train.building import compressors_for
 
     recipe = open_manifest(cache).recipe
     details = {"spec": recipe.spec, "contract": recipe.contract, "fingerprint": recipe.fingerprint}
-    shown = {name: value.model_dump(mode="json") for name, value in details.items()}
-    show_values({**_summary(cache), **shown, "encoder_config": recipe.encoder.config}, as_json)
+    values: dict[str, Any] = {
+        **overview(cache).model_dump(mode="json"),
+        "can_train": compressors_for(recipe.spec),
+        "geom_dit_tokens": "any" if recipe.spec.pooled_to is None else str(recipe.spec.pooled_to),
+        **{name: value.model_dump(mode="json") for name, value in details.items()},
+        "encoder_config": recipe.encoder.config,
+    }
+    statistics = recipe.spec.channel_statistics
+    if statistics is not None and not as_json:
+        values["spec"]["channel_statistics"] = f"{len(statistics.mean)} channels, from {statistics.rows} rows"
+    show_values(values, as_json)
 
 
 @app.command("verify")
@@ -52,47 +77,86 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Drop damaged shards; extract then redoes just those.")
     ] = False,
+    pack: Annotated[Path | None, typer.Option(help="Also compare with this pack: is every row of it covered?")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every byte of a cache: structure, checksums, digests. Exit 1 when something is missing or damaged."""
+    from geomcache.pipeline.pack.reader import PackReader
     from geomcache.pipeline.store.verify import verify_cache
 
+    covered = None
+    if pack is not None:
+        with PackReader(pack) as reader:
+            covered = reader.info.digest, len(reader)
     with progress_bar("verifying shards") as progress:
-        result = verify_cache(cache, repair=repair, progress=progress)
+        result = verify_cache(cache, repair=repair, progress=progress, pack=covered)
     show_values(
         {
             "shards": result.shards,
             "committed": result.committed,
+            "rows": f"{result.rows_committed}/{result.rows}",
+            "bytes": result.bytes,
             "damaged": {str(shard): problem for shard, problem in result.damaged.items()},
+            "damaged_rows": {str(shard): rows for shard, rows in result.bad_rows.items()},
             "damaged_metadata": list(result.metadata),
+            "non_finite_values": result.non_finite_values,
+            "rows_with_non_finite": result.rows_with_non_finite,
+            "pack": result.pack,
             "complete": result.complete,
             "repaired": result.repaired,
         },
         as_json,
     )
     if not result.complete:
-        first = "first `geomcache cache verify --repair`, then " if result.damaged and not repair else ""
-        say(f"{first}run the same `geomcache extract` again to make the missing shards")
+        say(_advice(result, cache, repair))
         raise typer.Exit(EXIT_FINDING)
 
 
-def _summary(path: Path) -> dict[str, object]:
-    from geomcache.pipeline.store.reader import open_manifest
-    from geomcache.pipeline.store.writer import read_commits
+@app.command("derive")
+def derive(
+    cache: Annotated[str, typer.Argument(help="Folder or URL of the full cache.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new cache.")],
+    pool: Annotated[
+        int | None, typer.Option(min=1, help="Keep the means of this many groups of a row's tokens (K).")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="bf16, fp32, int8 or lossless; pooled tokens: fp32.")] = None,
+    statistics_from: Annotated[
+        str | None, typer.Option(help="Cache whose channel statistics to use, to train on both together.")
+    ] = None,
+    unlock: UnlockOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A smaller cache from a full one, without the encoder.
 
-    manifest = open_manifest(path)
-    commits = read_commits(path, manifest)
-    spec = manifest.recipe.spec
-    return {
-        "cache": str(path),
-        "id": manifest.recipe.fingerprint.cache_id,
-        "encoder": spec.encoder,
-        "tap": spec.tap,
-        "rows": manifest.rows,
-        "row_shape": list(spec.row_shape),
-        "codec": spec.codec,
-        "shards": f"{len(commits)}/{manifest.shards}",
-        "complete": len(commits) == manifest.shards,
-        "bytes": sum(sum(commit.sizes.values()) for commit in commits.values()),
-        "license": manifest.recipe.encoder.license,
-    }
+    Compressors pool and per_layer give the same from K = geom_dit_tokens pooled tokens as from all of them: a mean
+    commutes with their linear layers. Of 2 x 256 tokens, --pool 16 keeps 1/32. Live tokens repeat the same steps.
+    """
+    from geomcache.configs.load import load_config
+    from geomcache.stages.extract.derive import DeriveConfig
+    from geomcache.stages.extract.derive import derive as run
+
+    options = {"cache": cache, "out": out, "pool": pool, "codec": codec, "statistics_from": statistics_from}
+    settings = load_config(DeriveConfig, None, [], options)
+    with progress_bar("deriving shards") as progress:
+        result = run(settings, progress, unlock=unlock)
+    show(result, as_json)
+
+
+app.command("stats")(cache_look.stats)
+app.command("show")(cache_look.show)
+app.command("diff")(cache_look.diff)
+app.command("bench")(cache_bench.bench)
+
+
+def _advice(result: "VerifyResult", cache: Path, repair: bool) -> str:
+    if result.pack not in ("matches", "not compared"):
+        return f"this cache was not made from that pack: {result.pack}"
+    first = f"first `geomcache cache verify {cache} --repair`, then " if not repair else ""
+    if result.metadata and not result.damaged and result.committed == result.shards:
+        return f"`geomcache cache verify {cache} --repair` writes the Zarr metadata again"
+    again = "run the same `geomcache extract` (or `cache derive`) again to make the missing shards"
+    return f"{first if result.damaged or result.metadata else ''}{again}"
+
+
+def _cell(value: object) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, list) else str(value)

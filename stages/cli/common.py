@@ -23,6 +23,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.SUBKEY=VALUE", help="Change one setting (YAML value); may be repeated."),
 ]
+UnlockOption = Annotated[
+    bool, typer.Option("--unlock", help="Take over the write lock that a dead run on another machine left.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 

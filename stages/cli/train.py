@@ -10,9 +10,11 @@ from geomcache.stages.cli.common import ConfigOption, JsonOption, SetOption, pro
 
 def train(
     pack: Annotated[Path | None, typer.Option(help="Pack to train on (or give `data` in the config).")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Token cache made from that pack.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Token cache made from that pack: folder or URL.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
-    compressor: Annotated[str | None, typer.Option(help="geom_compression_type: none or pool.")] = None,
+    compressor: Annotated[
+        str | None, typer.Option(help="geom_compression_type: none, pool, per_layer, qformer or gated.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and noise.")] = None,
     config: ConfigOption = None,

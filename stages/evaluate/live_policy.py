@@ -15,7 +15,7 @@ from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import CacheStale, ContractMismatch
 from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.frames import FrameBatch, Observation
-from geomcache.pipeline.tokens import LiveTokens, build_codec, build_encoder, token_recipe
+from geomcache.pipeline.tokens import LiveTokens, build_encoder, token_recipe
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.checkpoint import latest_checkpoint, load_policy, read_card
 
@@ -42,7 +42,7 @@ def build_live_tokens(
         fix="use the cameras, sizes and orientation the cache was made with",
     )
     encoder = build_encoder(recipe.encoder.name, {**recipe.encoder.config, **(changes or {})}, contract, device)
-    now = token_recipe(encoder, contract, recipe.fingerprint.pack, recipe.spec.codec)
+    now = token_recipe(encoder, contract, recipe.fingerprint.pack, **recipe.spec.storage)
     differences = recipe.spec.describe_difference(now.spec) + recipe.fingerprint.describe_difference(now.fingerprint)
     if differences:
         raise CacheStale(
@@ -51,7 +51,7 @@ def build_live_tokens(
             found="; ".join(differences),
             fix="give the same weights, for example --set encoder_config.weights=FOLDER",
         )
-    return LiveTokens(encoder, build_codec(recipe.spec.codec))
+    return LiveTokens(encoder, recipe.spec)
 
 
 class LivePolicy:

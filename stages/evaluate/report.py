@@ -12,7 +12,8 @@ from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.pipeline.files import write_atomic
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.reader import CachedTokens
-from geomcache.stages.evaluate.pictures import curves_picture, tokens_picture
+from geomcache.pipeline.store.token_picture import tokens_picture
+from geomcache.stages.evaluate.pictures import curves_picture
 from geomcache.stages.evaluate.run import RESULTS_NAME, EvalResults, read_results
 from geomcache.stages.train.checkpoint import latest_checkpoint, read_card
 from geomcache.stages.train.loop import METRICS_NAME, read_metrics
@@ -140,13 +141,7 @@ def _caches(folder: Path) -> list[dict[str, str]]:
             if cache.recipe.fingerprint.pack != pack.info.digest:
                 continue  # made from another pack than the one that lies here
             spec = cache.spec
-            picture = tokens_picture(
-                pack.images([row])[0],
-                cache.tokens([row])[0].numpy(),
-                spec.grid,
-                spec.cameras,
-                points=spec.tap == "xyz",
-            )
+            picture = tokens_picture(spec, cache.tokens([row])[0].numpy(), pack.images([row])[0])
             cache.close()
             text = (
                 f"row {row}, tap {spec.tap}, {spec.views} views x {spec.tokens_per_view} tokens x {spec.dim}, "

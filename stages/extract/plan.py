@@ -1,4 +1,4 @@
-"""What an extraction will do, known before anything expensive starts."""
+"""What an extraction will do, known before anything is written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,19 @@ from pydantic import Field
 
 import geomcache
 from geomcache.cache_schemas.base import Schema
-from geomcache.cache_schemas.manifest import Manifest
+from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.manifest import Manifest, TokenRecipe
+from geomcache.cache_schemas.token_spec import ChannelStatistics, TokenSpec
+from geomcache.pipeline import plugins
 from geomcache.pipeline.devices import resolve_device
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.card import data_card
-from geomcache.pipeline.store.writer import create_or_open, read_commits
+from geomcache.pipeline.store.commits import read_commits
+from geomcache.pipeline.store.local_files import LocalFiles
+from geomcache.pipeline.store.reader import open_manifest
+from geomcache.pipeline.store.writer import create_or_open, require_same, standing_manifest
 from geomcache.pipeline.tokens import build_codec, build_encoder, token_recipe
+from geomcache.stages.extract.sample import sample_statistics
 
 
 class ExtractConfig(Schema):
@@ -23,7 +30,11 @@ class ExtractConfig(Schema):
     out: Path  # the cache's folder
     encoder: str = "oracle_pointmap"  # plug-in name
     encoder_config: dict[str, Any] = Field(default_factory=dict)  # the encoder's own Config
-    codec: str | None = None  # bf16 | fp32; None: the encoder's own default
+    codec: str | None = None  # bf16 | fp32 | int8 | lossless; None: the encoder's own default, fp32 when pooled
+    pool: int | None = Field(default=None, ge=1)  # K: keep the means of K groups of a row's tokens, not all of them
+    # Cache whose channel statistics to take (codec int8, pooled tokens), so that several packs can be trained on
+    # together; None: from a sample of this pack.
+    statistics_from: str | None = None
     workers: int = Field(default=1, ge=1)  # encoders running side by side, one per GPU or CPU core
     device: str = "auto"  # auto | cpu | cuda
     ray_address: str | None = None  # an existing cluster; None: a local one for this run
@@ -40,7 +51,7 @@ class ExtractPlan:
 
 
 def make_plan(config: ExtractConfig) -> ExtractPlan:
-    """Check everything that can be checked without work, create or open the cache, list what is missing.
+    """Check everything that can be checked; writes nothing.
 
     Raises:
         InputError, PackDamaged, CacheStale, CacheDamaged, UnknownName, ConfigError: by name, before any work.
@@ -48,15 +59,69 @@ def make_plan(config: ExtractConfig) -> ExtractPlan:
     with PackReader(config.pack) as pack:
         device = resolve_device(config.device)
         encoder = build_encoder(config.encoder, config.encoder_config, pack.info.contract, device=None)
-        recipe = token_recipe(encoder, pack.info.contract, pack.info.digest, config.codec)
-        codec = build_codec(recipe.spec.codec)
-        manifest = Manifest(
-            recipe=recipe,
-            rows=len(pack),
-            rows_per_shard=pack.info.request.rows_per_shard,
-            arrays=codec.arrays(recipe.spec),
-            geomcache_version=geomcache.__version__,
+        recipe = token_recipe(encoder, pack.info.contract, pack.info.digest, config.codec, pooled_to=config.pool)
+        if config.pool is not None or plugins.load("codec", recipe.spec.codec).needs_statistics:
+            statistics = _statistics(config, recipe, pack, device)
+            storage = {**recipe.spec.storage, "channel_statistics": statistics}
+            recipe = token_recipe(encoder, pack.info.contract, pack.info.digest, **storage)
+        elif config.statistics_from is not None:
+            raise InputError(
+                "statistics_from has no meaning here",
+                expected="codec int8 or pooled tokens",
+                found=f"codec {recipe.spec.codec}",
+                fix="leave statistics_from out",
+            )
+        rows, rows_per_shard = len(pack), pack.info.request.rows_per_shard
+    return plan_with(config, new_manifest(recipe, rows, rows_per_shard), device)
+
+
+def new_manifest(recipe: TokenRecipe, rows: int, rows_per_shard: int, derived_from: str | None = None) -> Manifest:
+    """The manifest of a cache that is to be made."""
+    return Manifest(
+        recipe=recipe,
+        rows=rows,
+        rows_per_shard=rows_per_shard,
+        arrays=build_codec(recipe.spec).arrays(),
+        geomcache_version=geomcache.__version__,
+        derived_from=derived_from,
+    )
+
+
+def plan_with(config: ExtractConfig, manifest: Manifest, device: str) -> ExtractPlan:
+    """What is missing of this cache in ``config.out``."""
+    standing = require_same(config.out, manifest)
+    done = read_commits(LocalFiles(config.out), standing) if standing is not None else {}
+    return ExtractPlan(config, standing or manifest, tuple(k for k in range(manifest.shards) if k not in done), device)
+
+
+def begin(plan: ExtractPlan) -> ExtractPlan:
+    """Make the cache's folder (under its write lock), and see again what is missing."""
+    create_or_open(plan.config.out, plan.manifest, data_card(plan.manifest))
+    return plan_with(plan.config, plan.manifest, plan.device)
+
+
+def _statistics(config: ExtractConfig, recipe: TokenRecipe, pack: PackReader, device: str) -> ChannelStatistics:
+    if config.statistics_from is not None:
+        return statistics_of(recipe.spec, config.statistics_from)
+    standing = standing_manifest(config.out)
+    if standing is not None and standing.recipe.spec.channel_statistics is not None:
+        return standing.recipe.spec.channel_statistics  # a run that goes on keeps what it began with
+    return sample_statistics(config.pack, recipe, len(pack), device, config.ray_address)
+
+
+def statistics_of(wanted: TokenSpec, where: str) -> ChannelStatistics:
+    """The channel statistics of the cache at ``where``.
+
+    Raises:
+        InputError: it has none, or they are of other tokens than ``wanted`` says.
+    """
+    found = open_manifest(where).recipe.spec
+    differences = wanted.full.model_copy(update={"codec": found.full.codec}).describe_difference(found.full)
+    if found.channel_statistics is None or differences:
+        raise InputError(
+            f"the channel statistics of {where} do not fit",
+            expected="a pooled or int8 cache of the same encoder",
+            found="; ".join(differences) or "a cache without channel statistics",
+            fix="name another cache, or leave statistics_from out",
         )
-    create_or_open(config.out, manifest, data_card(manifest))
-    done = read_commits(config.out, manifest)
-    return ExtractPlan(config, manifest, tuple(k for k in range(manifest.shards) if k not in done), device)
+    return found.channel_statistics

@@ -8,7 +8,8 @@ from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.layout import shard_rows
 from geomcache.pipeline.files import write_config
 from geomcache.pipeline.ray_workers import Pool, run_tasks
-from geomcache.stages.extract.plan import ExtractConfig, ExtractPlan, make_plan
+from geomcache.pipeline.store.lock import write_lock
+from geomcache.stages.extract.plan import ExtractConfig, ExtractPlan, begin, make_plan
 from geomcache.stages.extract.worker import ShardWorker
 
 _log = logging.getLogger(__name__)
@@ -27,15 +28,27 @@ class ExtractResult(Schema):
     rows_per_second: float
 
 
-def run(config: ExtractConfig, progress: Callable[[int, int], None]) -> ExtractResult:
+def run(config: ExtractConfig, progress: Callable[[int, int], None], *, unlock: bool = False) -> ExtractResult:
     """Extract; ``progress(rows done, rows in all)``. Finished shards of an earlier run are kept.
 
+    Args:
+        config: what to do.
+        progress: called after each shard.
+        unlock: take over the write lock that a dead run on another machine left.
+
     Raises:
+        CacheLocked: another run is writing this cache.
         GeomcacheError: see ``make_plan``; or what a worker met, by name.
     """
     started = time.perf_counter()
     plan = make_plan(config)
-    write_config(config.out, config)
+    with write_lock(config.out, "geomcache extract", unlock=unlock):
+        plan = begin(plan)
+        write_config(config.out, config)
+        return _work(plan, progress, started)
+
+
+def _work(plan: ExtractPlan, progress: Callable[[int, int], None], started: float) -> ExtractResult:
     manifest = plan.manifest
     done_before = manifest.shards - len(plan.remaining)
     rows_before = manifest.rows - sum(
@@ -48,7 +61,7 @@ def run(config: ExtractConfig, progress: Callable[[int, int], None]) -> ExtractR
         progress(rows_before + encoded, manifest.rows)
     seconds = time.perf_counter() - started
     return ExtractResult(
-        cache=str(config.out),
+        cache=str(plan.config.out),
         cache_id=manifest.recipe.fingerprint.cache_id,
         rows=manifest.rows,
         shards=manifest.shards,
@@ -69,6 +82,8 @@ def _commits(plan: ExtractPlan) -> Iterator[int]:
         address=plan.config.ray_address,
         always_ray=True,
     )
-    for shard, commit in run_tasks(ShardWorker, (plan.config, plan.manifest, plan.device), list(plan.remaining), pool):
+    for shard, commit in run_tasks(
+        ShardWorker, (plan.config.pack, plan.config.out, plan.manifest, plan.device), list(plan.remaining), pool
+    ):
         _log.info("shard %d committed: %s", shard, commit.seconds)
         yield commit.rows

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from geomcache.cache_schemas.errors import ConfigError
+from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
 from geomcache.pipeline.config_errors import parse_config
 
@@ -30,6 +31,44 @@ def parse_options(kind: str, name: str, options: Mapping[str, Any]) -> Any:
         ConfigError: an option is unknown or has a wrong value.
     """
     return parse_config(plugins.config_class(kind, name), options, f"{kind} {name}")
+
+
+def compressors_for(spec: TokenSpec) -> list[str]:
+    """The compressors that can read these tokens."""
+    names = [name for name in plugins.names("compressor") if name != "none"]
+    if spec.pooled_to is not None:
+        names = [name for name in names if plugins.load("compressor", name).reads_pooled]
+    return names
+
+
+def require_fitting_tokens(name: str, reads_pooled: bool, spec: TokenSpec, num_tokens: int) -> None:
+    """Refuse a pooled cache that a compressor cannot use as it would use the full tokens.
+
+    Args:
+        name: of the compressor.
+        reads_pooled: it gives the same from group means as from the tokens themselves.
+        spec: of the cache.
+        num_tokens: K that the compressor makes.
+
+    Raises:
+        ConfigError: the compressor looks at single tokens, or makes another number of groups than the cache keeps.
+    """
+    if spec.pooled_to is None:
+        return
+    if not reads_pooled:
+        raise ConfigError(
+            f"compressor {name!r} reads every token, and this cache keeps {spec.pooled_to} means of groups",
+            expected="a full cache (or compressor pool or per_layer)",
+            found=f"a cache pooled to {spec.pooled_to}",
+            fix="train on the cache that it was derived from, or geomcache extract without --pool",
+        )
+    if num_tokens != spec.pooled_to:  # means of means weigh wrongly where tokens are missing
+        raise ConfigError(
+            "geom_dit_tokens (K) does not fit the pooled cache",
+            expected=str(spec.pooled_to),
+            found=str(num_tokens),
+            fix=f"--set policy.geom_dit_tokens={spec.pooled_to}",
+        )
 
 
 def pair_layers(num_layers: int, num_blocks: int, explicit: Sequence[int] | None = None) -> tuple[int, ...]:

@@ -3,21 +3,28 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from geomcache.cache_schemas.base import Schema
+from geomcache.pipeline.store.rows import Check
 from geomcache.stages.train.normalise import NormalisationMode
 from geomcache.stages.train.policy import PolicyConfig
+from geomcache.stages.train.row_order import RowOrder
 
 MixedPrecision = Literal["no", "bf16"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _as_text(location: object) -> object:
+    return str(location) if isinstance(location, Path) else location
 
 
 class DataPair(Schema):
     """One pack and the token cache made from it."""
 
     pack: Path
-    cache: Path | None = None  # None only for geom_compression_type "none"
+    # Folder, or URL such as s3://bucket/cache; None only for geom_compression_type "none".
+    cache: Annotated[str | None, BeforeValidator(_as_text)] = None
 
 
 class LearningRates(Schema):
@@ -36,6 +43,8 @@ class TrainConfig(Schema):
     normalisation: NormalisationMode = "min_max"
     seed: int = Field(default=0, ge=0)
     steps: int = Field(default=100_000, ge=1)  # optimiser steps
+    row_order: RowOrder = "global"  # shard: shuffle within a window of shards, for slow or remote storage
+    check_tokens: Check = "every"  # read of a row is compared with its checksum: every | first | off
     batch_size: int = Field(default=16, ge=1)  # samples per process and optimiser step part
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: LearningRates = LearningRates()
@@ -55,7 +64,7 @@ class TrainConfig(Schema):
 
     def identity(self) -> Self:
         """Without what changes no number: where things lie (their digests are compared), workers, logging."""
-        free = ("out", "data", "data_workers", "save_every", "keep_last", "log_every")
+        free = ("out", "data", "check_tokens", "data_workers", "save_every", "keep_last", "log_every")
         fields = type(self).model_fields
         same = {name: Path() if name == "out" else () if name == "data" else fields[name].default for name in free}
         return self.model_copy(update=same)

@@ -3,32 +3,26 @@
 The join is by row number and is checked before the first step: a cache belongs to exactly one pack digest.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.errors import CacheStale, ConfigError, InputError
+from geomcache.cache_schemas.errors import CacheStale, ConfigError
 from geomcache.cache_schemas.manifest import TokenRecipe
+from geomcache.cache_schemas.token_spec import ChannelStatistics
+from geomcache.pipeline.interfaces import TokenCodec
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.reader import CachedTokens
+from geomcache.pipeline.store.statistics import STATISTICS_ROWS, channel_statistics, even_rows
+from geomcache.pipeline.tokens import as_tensors
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.packer import Packer
-
-_STATISTICS_ROWS = 2048  # rows from which token statistics are made, evenly spread
-
-
-def rows_of_step(seed: int, step: int, batch_size: int, rows: int) -> NDArray[np.int64]:
-    """The rows of global optimiser step ``step``: epoch after epoch, each a permutation keyed on (seed, epoch).
-
-    Depends on nothing else, so a resumed run, any number of ranks and any number of workers see the same order.
-    """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // rows
-    orders = {int(e): np.random.default_rng([seed, int(e)]).permutation(rows) for e in np.unique(epochs)}
-    return np.array([orders[int(e)][p % rows] for e, p in zip(epochs, positions, strict=True)], dtype=np.int64)
+from geomcache.stages.train.row_order import rows_of_step, shard_starts
 
 
 class TrainingData:
@@ -44,11 +38,13 @@ class TrainingData:
         self.packs = [PackReader(pair.pack) for pair in config.data]
         wants_tokens = config.policy.compressor != "none"
         self.caches = [
-            CachedTokens(pair.cache) if wants_tokens and pair.cache is not None else None for pair in config.data
+            CachedTokens(pair.cache, check=config.check_tokens) if wants_tokens and pair.cache is not None else None
+            for pair in config.data
         ]
         self._check_join(config, wants_tokens)
         self.horizon = config.policy.dit.horizon
         self._starts = np.cumsum([0, *(len(pack) for pack in self.packs)])
+        self.shard_starts = shard_starts([(len(pack), pack.info.request.rows_per_shard) for pack in self.packs])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -85,35 +81,50 @@ class TrainingData:
         end = episode.first_row + episode.rows
         return pack.actions_NA[np.minimum(wanted, end - 1)], wanted < end
 
-    def tokens(self, rows: NDArray[np.int64]) -> torch.Tensor | None:
-        """Cached tokens of ``rows``: float32 [B, V, G, D]."""
-        if self.caches[0] is None:
-            return None
-        pieces = []
-        for row in rows:
-            pair, local = self.locate(int(row))
-            cache = self.caches[pair]
-            assert cache is not None
-            pieces.append(cache.tokens([local]))
-        return torch.cat(pieces)
+    @property
+    def codec(self) -> TokenCodec:
+        """Of the caches; there must be some."""
+        assert self.caches[0] is not None
+        return self.caches[0].codec
 
-    def token_statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-        """Per-channel mean and standard deviation [D] over an even sample of rows."""
+    def token_buffers(self, rows: int) -> dict[str, NDArray[Any]]:
+        """Room for the stored tokens of ``rows`` rows."""
+        assert self.caches[0] is not None
+        return self.caches[0].buffers(rows)
+
+    def read_tokens(self, rows: NDArray[np.int64], out: dict[str, NDArray[Any]]) -> torch.Tensor | None:
+        """Fill ``out`` with the stored tokens of ``rows``, pair after pair.
+
+        Returns:
+            int64 [B]: ``out``'s rows in the order asked for are ``out[inverse]``; None when that is their order.
+        """
+        places = np.array([self.locate(int(row)) for row in rows])
+        order, start = np.argsort(places[:, 0], kind="stable"), 0
+        for pair in np.unique(places[:, 0]):
+            local = places[order][places[order][:, 0] == pair, 1].tolist()
+            cache = self.caches[int(pair)]
+            assert cache is not None
+            cache.read_into(local, {name: array[start : start + len(local)] for name, array in out.items()})
+            start += len(local)
+        return None if len(self.caches) == 1 else torch.from_numpy(np.argsort(order, kind="stable"))
+
+    def tokens(self, rows: NDArray[np.int64]) -> torch.Tensor | None:
+        """Cached tokens of ``rows``: float32 [B, *spec.row_shape]."""
         if self.caches[0] is None:
             return None
-        dim = self.caches[0].spec.dim
-        total, square, count = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64), 0
-        for row in np.unique(np.linspace(0, len(self) - 1, min(len(self), _STATISTICS_ROWS)).astype(np.int64)):
-            tokens = self.tokens(np.array([row]))
-            assert tokens is not None
-            values = tokens.double().flatten(0, 2)
-            values = values[torch.isfinite(values).all(dim=-1)]
-            total, square, count = total + values.sum(0), square + (values**2).sum(0), count + len(values)
-        if count == 0:
-            raise InputError("the cache holds no finite token", fix="geomcache cache verify CACHE")
-        mean = total / count
-        std = (square / count - mean**2).clamp(min=0).sqrt()
-        return mean.float().numpy(), std.float().numpy()
+        out = self.token_buffers(len(rows))
+        inverse = self.read_tokens(rows, out)
+        tokens = self.codec.decode(as_tensors(out))
+        return tokens if inverse is None else tokens[inverse]
+
+    def token_statistics(self) -> ChannelStatistics | None:
+        """Mean and standard deviation of every channel: the spec's own, or over an even sample of rows."""
+        if self.caches[0] is None:
+            return None
+        if self.caches[0].spec.channel_statistics is not None:
+            return self.caches[0].spec.channel_statistics
+        rows = even_rows(len(self), STATISTICS_ROWS)
+        return channel_statistics(tokens for row in rows if (tokens := self.tokens(np.array([row]))) is not None)
 
     def _check_join(self, config: TrainConfig, wants_tokens: bool) -> None:
         first_pack, first_cache = self.packs[0], self.caches[0]
@@ -148,53 +159,56 @@ class TrainingData:
                     f"the caches {config.data[0].cache} and {pair.cache} hold different tokens",
                     expected="one encoder with the same settings and weights for the whole run",
                     found="; ".join(differences),
-                    fix=f"geomcache extract --pack {pair.pack} with the encoder of {config.data[0].cache}",
+                    fix=f"geomcache extract --pack {pair.pack} with the encoder of {config.data[0].cache}"
+                    + (
+                        f" and --statistics-from {config.data[0].cache}"
+                        if first_cache.spec.channel_statistics is not None
+                        else ""
+                    ),
                 )
 
 
 class BatchMaker:
-    """Rows -> PolicyBatch; as a map-style data set its index is the optimiser step (so workers keep the order)."""
+    """Rows -> PolicyBatch; as a map-style data set its index is the part of an optimiser step."""
 
     def __init__(
         self, data: TrainingData, packer: Packer, normaliser: Normaliser, config: TrainConfig, rank: int = 0
     ) -> None:
-        self._data, self._packer, self._normaliser, self._config, self._rank = (
-            data,
-            packer,
-            normaliser,
-            config,
-            rank,
-        )
+        self.data, self.batch_size = data, config.batch_size
+        self._packer, self._normaliser, self._config, self._rank = packer, normaliser, config, rank
 
     def rows(self, step: int) -> NDArray[np.int64]:
         """Rows of a whole optimiser step, all ranks and accumulation parts."""
         config = self._config
         per_step = config.batch_size * config.processes * config.gradient_accumulation_steps
-        return rows_of_step(config.seed, step, per_step, len(self._data))
+        return rows_of_step(config.seed, step, per_step, self.data.shard_starts, config.row_order)
 
     def normalise_actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
         """Environment units -> the policy's units, [..., 7]."""
         return self._normaliser.action.normalise(actions)
 
-    def __getitem__(self, micro_step: int) -> PolicyBatch:
+    def micro_rows(self, micro_step: int) -> NDArray[np.int64]:
+        """Rows of this rank's part of an optimiser step."""
         config = self._config
         step, part = divmod(micro_step, config.gradient_accumulation_steps)
-        rows = self.rows(step)
         start = (part * config.processes + self._rank) * config.batch_size
-        return self.batch(rows[start : start + config.batch_size])
+        return self.rows(step)[start : start + config.batch_size]
 
-    def batch(self, rows: NDArray[np.int64]) -> PolicyBatch:
-        """One batch of the given rows, with actions."""
-        places = [self._data.locate(int(row)) for row in rows]
-        packs = self._data.packs
+    def __getitem__(self, micro_step: int) -> PolicyBatch:
+        return self.batch(self.micro_rows(micro_step), with_tokens=False)
+
+    def batch(self, rows: NDArray[np.int64], *, with_tokens: bool = True) -> PolicyBatch:
+        """One batch of the given rows, with actions; in the loop its tokens come from a ``TokenFeed``."""
+        places = [self.data.locate(int(row)) for row in rows]
+        packs = self.data.packs
         images = np.concatenate([packs[pair].images([local]) for pair, local in places])
         instructions = [packs[pair].instruction(local) for pair, local in places]
         states = np.stack([packs[pair].states_NS[local] for pair, local in places])
-        chunks = [self._data.action_chunk(int(row)) for row in rows]
+        chunks = [self.data.action_chunk(int(row)) for row in rows]
         return PolicyBatch(
             **self._packer(images, instructions),
             proprio_BP=torch.from_numpy(self._normaliser.state.normalise(states)),
-            tokens_BVGD=self._data.tokens(rows),
+            tokens_BVGD=self.data.tokens(rows) if with_tokens else None,
             actions_BTA=torch.from_numpy(self._normaliser.action.normalise(np.stack([a for a, _ in chunks]))),
             action_mask_BT=torch.from_numpy(np.stack([mask for _, mask in chunks])),
         )

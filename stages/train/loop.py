@@ -1,10 +1,13 @@
 """The optimisation loop: accelerate, randomness keyed on (seed, step, rank), metrics, checkpoints, exact resume."""
 
 import hashlib
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +30,7 @@ from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.data import BatchMaker
 from geomcache.stages.train.optim import make_optimizer, set_learning_rates
 from geomcache.stages.train.policy import PolicyNet
+from geomcache.stages.train.token_feed import TokenFeed
 
 METRICS_NAME = "metrics.jsonl"
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, text)
@@ -83,9 +87,12 @@ def fit(
         num_workers=config.data_workers,
         persistent_workers=config.data_workers > 0,
     )
-    batches = iter(loader)
+    batches = iter(loader)  # forks its workers: before any thread of ours is started
     model.train()
-    with _Metrics(config, accelerator, start) as metrics:
+    with (
+        _Metrics(config, accelerator, start) as metrics,
+        _tokens(maker, range(start * parts, config.steps * parts), accelerator.device) as tokens,
+    ):
         for step in range(start, config.steps):
             generator = step_generator(config.seed, step, accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout, where there is any
@@ -94,6 +101,7 @@ def fit(
             for _ in range(parts):
                 asked = time.perf_counter()
                 batch: PolicyBatch = next(batches).to(accelerator.device)
+                batch = replace(batch, tokens_BVGD=next(tokens))
                 waited += time.perf_counter() - asked
                 with accelerator.accumulate(model):
                     output = model(batch, generator)
@@ -122,6 +130,17 @@ def fit(
                     save_checkpoint(config.out, done, policy, optimizer, keep_last=config.keep_last)
                 accelerator.wait_for_everyone()
     return policy
+
+
+@contextmanager
+def _tokens(maker: BatchMaker, micro_steps: range, device: torch.device) -> Iterator[Iterator[torch.Tensor | None]]:
+    """Each micro-step's tokens, read ahead; None for ever in a run without geometry."""
+    if maker.data.recipe is None:
+        yield itertools.repeat(None)
+        return
+    rows = (maker.micro_rows(micro_step) for micro_step in micro_steps)
+    with TokenFeed(maker.data, rows, maker.batch_size, device) as feed:
+        yield feed
 
 
 def _resume(config: TrainConfig, policy: PolicyNet, optimizer: torch.optim.Optimizer) -> int:

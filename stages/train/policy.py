@@ -20,7 +20,7 @@ from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
 from geomcache.stages.train import flow
 from geomcache.stages.train.batch import GeomTokens, PolicyBatch
-from geomcache.stages.train.building import pair_layers, parse_options, seeded
+from geomcache.stages.train.building import pair_layers, parse_options, require_fitting_tokens, seeded
 from geomcache.stages.train.dit import Config as DiTConfig
 from geomcache.stages.train.dit import Context, DiT
 
@@ -134,11 +134,16 @@ class PolicyNet(nn.Module):
                 fix="leave dit.state_dim and dit.action_dim out",
             )
         context_dim = self.backbone.context_dim
+        compressor_class = plugins.load("compressor", config.compressor)
+        if self.token_spec is not None:
+            require_fitting_tokens(
+                config.compressor, compressor_class.reads_pooled, self.token_spec, config.geom_dit_tokens
+            )
         views, tokens_per_view, dim = self.token_spec.row_shape if self.token_spec else (0, 0, 0)
         with seeded(config.seed):
             self.dit = DiT(config.dit, context_dim=context_dim)
         with seeded(config.seed):
-            self.compressor = plugins.load("compressor", config.compressor)(
+            self.compressor = compressor_class(
                 compressor_config,
                 views=views,
                 tokens_per_view=tokens_per_view,
@@ -260,9 +265,9 @@ class PolicyNet(nn.Module):
         tokens_BVGD, mask_BVG = None, None
         if self.token_spec is not None:
             tokens_BVGD = (self._tokens_of(batch).float() - self.token_mean_D) / self.token_std_D
-            mask_BVG = batch.token_mask_BVG
-            if mask_BVG is None:
-                mask_BVG = torch.ones(tokens_BVGD.shape[:3], dtype=torch.bool, device=tokens_BVGD.device)
+            mask_BVG = torch.isfinite(tokens_BVGD).all(dim=-1)  # what is not finite is no token
+            if batch.token_mask_BVG is not None:
+                mask_BVG = mask_BVG & batch.token_mask_BVG
         geom: GeomTokens = self.compressor(tokens_BVGD, mask_BVG, context_BSC, mask_BS)
         return geom
 

@@ -71,7 +71,7 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     policy = PolicyNet(
         config.policy,
         data.recipe.spec if data.recipe else None,
-        *((torch.from_numpy(values) for values in statistics) if statistics else ()),
+        *((torch.tensor(values) for values in (statistics.mean, statistics.std)) if statistics else ()),
     )
     card = CheckpointCard(
         step=0,

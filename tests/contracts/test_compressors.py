@@ -12,6 +12,7 @@ from geomcache.stages.train.building import seeded
 
 VIEWS, TOKENS, DIM, CONTEXT, BLOCKS, K = 2, 6, 5, 8, 3, 5
 NAMES = plugins.names("compressor")
+WITH_TOKENS = [name for name in NAMES if name != "none"]
 
 
 def build(name: str, **sizes: int) -> Any:
@@ -92,7 +93,7 @@ def test_a_sample_without_tokens_is_masked_and_finite(name: str) -> None:
     assert found.geom_LBKC.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
+@pytest.mark.parametrize("name", WITH_TOKENS)
 def test_tokens_reach_the_output(name: str) -> None:
     tokens_BVGD, *rest = inputs()
     compressor = build(name)
@@ -102,7 +103,39 @@ def test_tokens_reach_the_output(name: str) -> None:
         assert not torch.equal(compressor(changed, *rest).geom_LBKC, compressor(tokens_BVGD, *rest).geom_LBKC)
 
 
-@pytest.mark.parametrize("name", ["pool"])
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_padding_leaves_no_trace(name: str) -> None:
+    tokens_BVGD, mask_BVG, context_BSC, context_mask_BS = inputs()
+    context_mask_BS[:, :2] = False
+    context_mask_BS[3] = False
+    compressor = build(name)
+    clean = compressor(tokens_BVGD, mask_BVG, context_BSC, context_mask_BS)
+    soiled_BSC = context_BSC.masked_fill(~context_mask_BS[..., None], float("nan")).requires_grad_()
+    found = compressor(tokens_BVGD, mask_BVG, soiled_BSC, context_mask_BS)
+    assert found.geom_LBKC.isfinite().all()
+    assert torch.equal(found.geom_LBKC, clean.geom_LBKC)
+    if compressor.num_tokens:
+        found.geom_LBKC.sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in compressor.parameters())
+        assert soiled_BSC.grad is None or soiled_BSC.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_do_not_depend_on_training_mode(name: str) -> None:
+    compressor = build(name)
+    assert torch.equal(compressor.train()(*inputs()).geom_LBKC, compressor.eval()(*inputs()).geom_LBKC)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_weights_come_back_from_their_state_dict(name: str) -> None:
+    first, second = build(name), build(name)
+    for parameter in second.parameters():
+        torch.nn.init.zeros_(parameter)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second(*inputs()).geom_LBKC, first(*inputs()).geom_LBKC)
+
+
+@pytest.mark.parametrize("name", WITH_TOKENS)
 def test_more_tokens_out_than_in_is_refused(name: str) -> None:
     assert build(name, num_tokens=VIEWS * TOKENS).num_tokens == VIEWS * TOKENS
     for wrong in (VIEWS * TOKENS + 1, 0):

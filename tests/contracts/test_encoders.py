@@ -172,11 +172,12 @@ def test_unknown_settings_are_refused_with_a_suggestion(name: str) -> None:
 
 
 def test_live_tokens_make_the_codecs_round_trip(encoder: GeometryEncoder) -> None:
-    codec = build_codec("bf16")
-    live = LiveTokens(encoder, codec)
+    spec = encoder.spec.model_copy(update={"codec": "bf16"})
+    codec = build_codec(spec)
+    live = LiveTokens(encoder, spec)
     frames = some_frames(3)
     assert isinstance(live, TokenProvider)
-    assert live.spec == encoder.spec.model_copy(update={"codec": "bf16"})
+    assert live.spec == spec
     assert torch.equal(live.tokens(frames), round_trip(codec, encode_padded(encoder, frames)))
     assert torch.equal(live.tokens(frames[1:2]), live.tokens(frames)[1:2])
 
@@ -198,9 +199,12 @@ def test_fingerprint_follows_what_tokens_depend_on(encoder: GeometryEncoder, nam
         token_recipe(encoder, CONTRACT, "pack", codec="bf16" if recipe.spec.codec != "bf16" else "fp32"),
         token_recipe(build_encoder(name, {}, swapped, None), swapped, "pack"),
         token_recipe(bigger, CONTRACT, "pack"),
+        token_recipe(encoder, CONTRACT, "pack", codec="fp32", pooled_to=2),
+        token_recipe(encoder, CONTRACT, "pack", codec="fp32", pooled_to=3),
+        token_recipe(encoder, CONTRACT, "pack", codec="fp32", pooled_to=2, source_codec="bf16"),
     ]
     ids = {other.fingerprint.cache_id for other in [recipe, *others]}
-    assert len(ids) == 5
+    assert len(ids) == 8
 
 
 def test_unknown_encoder_gets_a_suggestion() -> None:

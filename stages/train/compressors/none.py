@@ -1,5 +1,7 @@
 """No geometry: the QwenPI baseline. K = 0, no parameters."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -13,6 +15,9 @@ class Config(Schema):
 
 class Compressor(nn.Module):
     """Returns no tokens; takes the same arguments as the others, so that nobody need ask which one it is."""
+
+    # True when a group mean of tokens may be taken before it: it looks at none
+    reads_pooled: ClassVar[bool] = True
 
     def __init__(
         self,

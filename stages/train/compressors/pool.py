@@ -1,11 +1,14 @@
 """Group means of projected tokens: D * C + C parameters, the same K tokens for every DiT block."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from geomcache.cache_schemas.base import Schema
-from geomcache.cache_schemas.errors import ConfigError
+from geomcache.pipeline.pooling import group_means, groups_matrix
 from geomcache.stages.train.batch import GeomTokens
+from geomcache.stages.train.compressors._common import count_tokens
 
 
 class Config(Schema):
@@ -13,12 +16,10 @@ class Config(Schema):
 
 
 class Compressor(nn.Module):
-    """The V * G tokens in flat (view, row, column) order, in K consecutive groups; each group's mean.
+    """The V * G tokens in flat (view, row, column) order, in K consecutive groups (``pooling``); each group's mean.
 
-    Where K does not divide N = V * G the remainder is spread evenly: group k holds the flat tokens floor(k
-    N / K) to floor((k + 1) N / K) - 1, so sizes differ by at most one and no token is dropped or counts
-    twice. Masked tokens are left out of the mean; a group without any token left is masked from attention.
-    The mean is taken before the Linear layer: equal to after it (it is affine), at K / N of its cost.
+    Masked tokens are left out of the mean; a group without any token left is masked from attention. The mean
+    is taken before the Linear layer: equal to after it (it is affine), at K / N of its cost.
 
     Args:
         config: no options.
@@ -32,6 +33,10 @@ class Compressor(nn.Module):
     Raises:
         ConfigError: K is larger than V * G, or not positive.
     """
+
+    # True when a group mean of tokens may be taken before it (it is affine in the tokens), so that a cache may
+    # keep K pooled tokens instead of V * G
+    reads_pooled: ClassVar[bool] = True
 
     groups_KN: torch.Tensor
 
@@ -47,22 +52,12 @@ class Compressor(nn.Module):
         num_tokens: int,
     ) -> None:
         super().__init__()
-        total = views * tokens_per_view
-        if not 1 <= num_tokens <= total:
-            raise ConfigError(
-                "geom_dit_tokens (K) does not fit the tokens of this encoder",
-                expected=f"1 to {total} ({views} views x {tokens_per_view} tokens)",
-                found=str(num_tokens),
-                fix=f"set geom_dit_tokens to {min(max(num_tokens, 1), total)}, or use a finer grid",
-            )
+        total = count_tokens(views, tokens_per_view, num_tokens)
         self.config = config
         self.num_tokens = num_tokens  # K
         self._num_blocks = num_blocks
         self.projection = nn.Linear(dim, context_dim)
-        index_N, index_K = torch.arange(total), torch.arange(num_tokens)
-        first_K, end_K = index_K * total // num_tokens, (index_K + 1) * total // num_tokens
-        groups_KN = ((index_N >= first_K[:, None]) & (index_N < end_K[:, None])).float()
-        self.register_buffer("groups_KN", groups_KN, persistent=False)
+        self.register_buffer("groups_KN", groups_matrix(total, num_tokens), persistent=False)
 
     def forward(
         self,
@@ -72,10 +67,6 @@ class Compressor(nn.Module):
         context_mask_BS: torch.Tensor,  # noqa: ARG002
     ) -> GeomTokens:
         """Float32 tokens and bool mask -> [L, B, K, C] (one tensor seen L times, no copy) and [B, K]."""
-        mask_BN = mask_BVG.flatten(1)
-        # where, not multiplication: a masked token may hold NaN
-        tokens_BND = torch.where(mask_BN[..., None], tokens_BVGD.flatten(1, 2), 0.0)
-        count_BK = mask_BN.float() @ self.groups_KN.T
-        mean_BKD = (self.groups_KN @ tokens_BND) / count_BK.clamp(min=1.0)[..., None]
+        mean_BKD, mask_BK = group_means(tokens_BVGD.flatten(1, 2), mask_BVG.flatten(1), self.groups_KN)
         geom_BKC = self.projection(mean_BKD)
-        return GeomTokens(geom_BKC.expand(self._num_blocks, *geom_BKC.shape), count_BK > 0)
+        return GeomTokens(geom_BKC.expand(self._num_blocks, *geom_BKC.shape), mask_BK)

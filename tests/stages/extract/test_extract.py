@@ -13,7 +13,7 @@ from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.stages.evaluate.live_policy import build_live_tokens
-from geomcache.stages.extract.plan import ExtractConfig, make_plan
+from geomcache.stages.extract.plan import ExtractConfig, begin, make_plan
 from geomcache.stages.extract.run import run
 from geomcache.stages.extract.worker import ShardWorker
 from tests.conftest import ENCODERS, build_pack_at, nothing, write_demo_file
@@ -82,8 +82,8 @@ def test_ray_workers_resume_and_survive_a_kill_with_the_same_bytes(
 ) -> None:
     """Two workers, one shard done before, one worker killed: the cache equals an undisturbed run's, byte for byte."""
     config = _config(pack_path, tmp_path / "cache").model_copy(update={"workers": 2})
-    plan = make_plan(config)
-    ShardWorker(config, plan.manifest, "cpu").run(2)
+    plan = begin(make_plan(config))
+    ShardWorker(config.pack, config.out, plan.manifest, "cpu").run(2)
     victims: list[int] = []
     started = time.time()
 
@@ -112,7 +112,7 @@ def test_what_a_worker_meets_reaches_the_user_by_name(pack_path: Path, tmp_path:
     config = _config(pack_path, tmp_path / "cache")
     plan = make_plan(config)
     other = build_pack_at(write_demo_file(tmp_path / "other_demo.hdf5", seed=3), tmp_path / "other")
-    worker = ShardWorker(config.model_copy(update={"pack": other}), plan.manifest, "cpu")
+    worker = ShardWorker(other, config.out, plan.manifest, "cpu")
     with pytest.raises(CacheStale, match="pack: "):
         worker.start()
     with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:9"):

@@ -1,65 +1,219 @@
-import torch
+"""Compressors one by one: parameter formulas, and values against hand computation or plain torch functions."""
 
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from geomcache.cache_schemas.errors import ConfigError
 from geomcache.pipeline import plugins
 from geomcache.stages.train.building import seeded
 
 
-def pool(views: int, tokens: int, dim: int, context: int, k: int) -> torch.nn.Module:
+def build(name: str, views: int, tokens: int, dim: int, context: int, k: int, blocks: int = 2, **options: Any) -> Any:
     with seeded(0):
-        return plugins.load("compressor", "pool")(
-            plugins.config_class("compressor", "pool")(),
+        return plugins.load("compressor", name)(
+            plugins.config_class("compressor", name)(**options),
             views=views,
             tokens_per_view=tokens,
             dim=dim,
             context_dim=context,
-            num_blocks=2,
+            num_blocks=blocks,
             num_tokens=k,
         )
 
 
-def test_parameters_follow_the_formula() -> None:
-    """D * C + C, at the plan's size."""
+def no_context(batch: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(batch, 1, context), torch.ones(batch, 1, dtype=torch.bool)
+
+
+def randn(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "expected"),  # C 2048, L 16, K 16: the plan's sizes
+    [
+        ("pool", 1024, 2_099_200),  # D C + C
+        ("pool", 1536, 3_147_776),
+        ("per_layer", 1024, 33_587_200),  # L (D C + C)
+        ("per_layer", 1536, 50_364_416),
+        ("qformer", 1024, 18_925_568),  # D C + C + K C + 4 C^2 + 4 C + 4 C
+        ("qformer", 1536, 19_974_144),
+        ("gated", 1024, 8_392_704),  # 2 D C + C^2 + 2 C
+        ("gated", 1536, 10_489_856),
+        ("none", 1024, 0),
+    ],
+)
+def test_parameters_follow_the_formula(name: str, dim: int, expected: int) -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in pool(2, 256, 1024, 2048, 16).parameters()) == 2_099_200
-        assert sum(p.numel() for p in pool(2, 256, 1536, 2048, 16).parameters()) == 3_147_776
-    none = plugins.load("compressor", "none")
-    built = none(
-        plugins.config_class("compressor", "none")(),
-        views=0,
-        tokens_per_view=0,
-        dim=0,
-        context_dim=8,
-        num_blocks=1,
-        num_tokens=16,
-    )
-    assert list(built.parameters()) == []
+        built = build(name, 2, 256, dim, 2048, 16, blocks=16)
+    assert sum(p.numel() for p in built.parameters()) == expected
+    assert all(p.requires_grad and p.is_meta for p in built.parameters())
 
 
 def test_pool_by_hand() -> None:
     """Seven tokens in three groups: 0-1, 2-3, 4-6; equal to projecting first and averaging afterwards."""
-    compressor = pool(1, 7, 1, 2, 3)
+    compressor = build("pool", 1, 7, 1, 2, 3)
     tokens_BVGD = torch.tensor([1.0, 3.0, 10.0, 20.0, 1.0, 2.0, 6.0]).view(1, 1, 7, 1)
     mask_BVG = torch.ones(1, 1, 7, dtype=torch.bool)
     mask_BVG[0, 0, 3] = False  # leaves 10 alone in its group
-    found = compressor(tokens_BVGD, mask_BVG, torch.zeros(1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
+    found = compressor(tokens_BVGD, mask_BVG, *no_context(1, 2))
     expected_KC = compressor.projection(torch.tensor([[2.0], [10.0], [3.0]]))
     torch.testing.assert_close(found.geom_LBKC[0, 0], expected_KC)
     projected_GC = compressor.projection(tokens_BVGD[0, 0])
     torch.testing.assert_close(found.geom_LBKC[1, 0, 2], projected_GC[4:].mean(dim=0))
 
 
-def test_a_group_whose_tokens_are_all_masked_is_masked() -> None:
-    compressor = pool(1, 6, 1, 2, 3)
+@pytest.mark.parametrize("name", ["pool", "per_layer", "gated"])
+def test_a_group_whose_tokens_are_all_masked_is_masked(name: str) -> None:
     mask_BVG = torch.tensor([True, True, False, False, False, True]).view(1, 1, 6)
-    found = compressor(torch.ones(1, 1, 6, 1), mask_BVG, torch.zeros(1, 1, 2), torch.ones(1, 1, dtype=torch.bool))
+    found = build(name, 1, 6, 1, 2, 3)(torch.ones(1, 1, 6, 1), mask_BVG, *no_context(1, 2))
     assert found.mask_BK.tolist() == [[True, False, True]]
 
 
-def test_shared_tokens_are_not_copied_per_block() -> None:
-    found = pool(1, 6, 1, 2, 3)(
-        torch.ones(1, 1, 6, 1),
-        torch.ones(1, 1, 6, dtype=torch.bool),
-        torch.zeros(1, 1, 2),
-        torch.ones(1, 1, dtype=torch.bool),
-    )
+@pytest.mark.parametrize("name", ["pool", "qformer", "gated"])
+def test_shared_tokens_are_not_copied_per_block(name: str) -> None:
+    found = build(name, 1, 6, 1, 8, 3)(torch.ones(1, 1, 6, 1), torch.ones(1, 1, 6, dtype=torch.bool), *no_context(1, 8))
     assert found.geom_LBKC.stride(0) == 0
+
+
+def test_per_layer_is_the_group_mean_of_each_blocks_own_projection() -> None:
+    """Eleven tokens in four groups (2, 3, 3, 3), two of them masked; every block projects before averaging."""
+    compressor = build("per_layer", 1, 11, 6, 8, 4, blocks=3)
+    tokens_BVGD, mask_BVG = randn(2, 1, 11, 6), torch.ones(2, 1, 11, dtype=torch.bool)
+    mask_BVG[0, 0, [1, 9]] = False
+    found = compressor(tokens_BVGD, mask_BVG, *no_context(2, 8))
+    groups = [(0, 2), (2, 5), (5, 8), (8, 11)]
+    for block, projection in enumerate(compressor.projections):
+        for b in range(2):
+            projected = projection(tokens_BVGD[b, 0])
+            for k, (first, end) in enumerate(groups):
+                kept = [n for n in range(first, end) if mask_BVG[b, 0, n]]
+                torch.testing.assert_close(found.geom_LBKC[block, b, k], projected[kept].mean(dim=0))
+    assert not torch.equal(found.geom_LBKC[0], found.geom_LBKC[1])
+
+
+def test_each_block_trains_its_own_projection() -> None:
+    compressor = build("per_layer", 1, 6, 4, 8, 3, blocks=3)
+    found = compressor(randn(1, 1, 6, 4), torch.ones(1, 1, 6, dtype=torch.bool), *no_context(1, 8))
+    found.geom_LBKC[1].square().sum().backward()
+    moved = [
+        projection.weight.grad is not None and bool(projection.weight.grad.any())
+        for projection in compressor.projections
+    ]
+    assert moved == [False, True, False]
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_qformer_is_softmax_attention_over_the_tokens_that_are_there(heads: int) -> None:
+    """Recomputed sample by sample with masked tokens taken out, in plain torch functions."""
+    compressor = build("qformer", 2, 9, 6, 16, 5, heads=heads)
+    for norm in (compressor.token_norm, compressor.query_norm):  # else its weight and bias are not seen
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    torch.nn.init.normal_(compressor.attention.in_proj_bias)
+    torch.nn.init.normal_(compressor.attention.out_proj.bias)
+    tokens_BVGD, mask_BVG = randn(3, 2, 9, 6), randn(3, 2, 9, seed=2) > -0.5
+    found = compressor(tokens_BVGD, mask_BVG, *no_context(3, 16))
+    w = compressor.state_dict()
+    query_w, key_w, value_w = w["attention.in_proj_weight"].chunk(3)
+    query_b, key_b, value_b = w["attention.in_proj_bias"].chunk(3)
+    normed_KC = functional.layer_norm(w["queries_KC"], (16,), w["query_norm.weight"], w["query_norm.bias"])
+    for b in range(3):
+        kept_ND = tokens_BVGD[b].flatten(0, 1)[mask_BVG[b].flatten()]
+        tokens_NC = functional.linear(kept_ND, w["projection.weight"], w["projection.bias"])
+        tokens_NC = functional.layer_norm(tokens_NC, (16,), w["token_norm.weight"], w["token_norm.bias"])
+        q_KC, k_NC, v_NC = normed_KC @ query_w.T + query_b, tokens_NC @ key_w.T + key_b, tokens_NC @ value_w.T + value_b
+        mixed = []
+        for head in range(heads):
+            part = slice(head * 16 // heads, (head + 1) * 16 // heads)
+            weights_KN = torch.softmax(q_KC[:, part] @ k_NC[:, part].T / (16 / heads) ** 0.5, dim=-1)
+            mixed.append(weights_KN @ v_NC[:, part])
+        expected_KC = torch.cat(mixed, dim=1) @ w["attention.out_proj.weight"].T + w["attention.out_proj.bias"]
+        torch.testing.assert_close(found.geom_LBKC[0, b], expected_KC, atol=2e-6, rtol=1e-5)
+
+
+def test_qformer_looks_where_the_tokens_say() -> None:
+    """What is attended to depends on the tokens: no matrix of fixed weights gives the same."""
+    compressor = build("qformer", 1, 8, 4, 16, 3)
+    mask_BVG = torch.ones(1, 1, 8, dtype=torch.bool)
+    first, second = randn(1, 1, 8, 4), randn(1, 1, 8, 4, seed=2)
+    of_mean, *of_each = (
+        compressor(tokens, mask_BVG, *no_context(1, 16)).geom_LBKC for tokens in ((first + second) / 2, first, second)
+    )
+    assert (of_mean - sum(of_each) / 2).abs().max() > 1e-3
+
+
+def test_qformer_without_any_token_gives_zeros_and_no_gradient() -> None:
+    compressor = build("qformer", 1, 6, 4, 8, 3)
+    mask_BVG = torch.ones(2, 1, 6, dtype=torch.bool)
+    mask_BVG[1] = False
+    tokens_BVGD = randn(2, 1, 6, 4).masked_fill(~mask_BVG[..., None], float("nan"))
+    ignored: list[torch.Tensor] = []
+    compressor.attention.register_forward_pre_hook(
+        lambda _m, _i, options: ignored.append(options["key_padding_mask"]), with_kwargs=True
+    )
+    found = compressor(tokens_BVGD, mask_BVG, *no_context(2, 8))
+    assert not ignored[0].all(dim=1).any()  # kernels differ in what attention to nothing gives: 0 here, NaN elsewhere
+    assert found.mask_BK.tolist() == [[True] * 3, [False] * 3]
+    assert found.geom_LBKC[:, 1].eq(0).all()
+    found.geom_LBKC[:, 1].sum().backward()
+    assert all(parameter.grad.eq(0).all() for parameter in compressor.parameters())
+
+
+def test_qformer_heads_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"heads of qformer[\s\S]*divisor of 64[\s\S]*found: +12[\s\S]*heads to 4"):
+        build("qformer", 1, 6, 4, 64, 3, heads=12)
+
+
+def test_gated_by_hand() -> None:
+    """Token by token in plain functions; masked tokens and prompt padding are taken out, not zeroed."""
+    compressor = build("gated", 1, 5, 3, 4, 2)
+    tokens_BVGD, context_BSC = randn(2, 1, 5, 3), randn(2, 6, 4, seed=2)
+    mask_BVG, context_mask_BS = torch.ones(2, 1, 5, dtype=torch.bool), torch.ones(2, 6, dtype=torch.bool)
+    mask_BVG[1, 0, 3], context_mask_BS[1, :4] = False, False
+    found = compressor(tokens_BVGD, mask_BVG, context_BSC, context_mask_BS)
+    w = compressor.state_dict()
+    for b in range(2):
+        state_C = context_BSC[b, context_mask_BS[b]].mean(dim=0)
+        state_C = (state_C - state_C.mean()) / (state_C.var(correction=0) + 1e-5).sqrt()
+        for k, (first, end) in enumerate([(0, 2), (2, 5)]):
+            gated = []
+            for n in range(first, end):
+                x_D = tokens_BVGD[b, 0, n]
+                logit_C = w["token_gate.weight"] @ x_D + w["context_gate.weight"] @ state_C + w["context_gate.bias"]
+                value_C = w["projection.weight"] @ x_D + w["projection.bias"]
+                gated += [value_C / (1 + (-logit_C).exp())] * int(mask_BVG[b, 0, n])
+            torch.testing.assert_close(found.geom_LBKC[0, b, k], torch.stack(gated).mean(dim=0))
+
+
+def test_only_gated_looks_at_the_context_and_its_gradient_reaches_it() -> None:
+    tokens_BVGD, mask_BVG = randn(2, 1, 6, 4), torch.ones(2, 1, 6, dtype=torch.bool)
+    context_mask_BS = torch.ones(2, 3, dtype=torch.bool)
+    looks = {}
+    for name in plugins.names("compressor"):
+        compressor, context_BSC = build(name, 1, 6, 4, 8, 3), randn(2, 3, 8, seed=2).requires_grad_()
+        found = compressor(tokens_BVGD, mask_BVG, context_BSC, context_mask_BS).geom_LBKC
+        other = compressor(tokens_BVGD, mask_BVG, context_BSC.flip(0), context_mask_BS).geom_LBKC
+        looks[name] = not torch.equal(found, other)
+        if looks[name]:
+            found.sum().backward()
+            assert context_BSC.grad is not None
+            assert context_BSC.grad.abs().amax(dim=(1, 2)).gt(0).all()
+    assert looks == {name: name == "gated" for name in looks}
+
+
+def test_gated_is_not_switched_off_by_an_outlier_channel_of_the_vlm() -> None:
+    """One channel of the last hidden state a thousand times the others: the gate still learns from every sample."""
+    compressor = build("gated", 1, 6, 4, 64, 3)
+    context_BSC = randn(2, 3, 64, seed=2)
+    context_BSC[..., 5] += 3000.0
+    gates: list[torch.Tensor] = []
+    compressor.context_gate.register_forward_hook(lambda _m, _i, output: gates.append(torch.sigmoid(output)))
+    compressor(
+        randn(2, 1, 6, 4), torch.ones(2, 1, 6, dtype=torch.bool), context_BSC, torch.ones(2, 3, dtype=torch.bool)
+    )
+    assert gates[0].min() > 0.05
+    assert gates[0].max() < 0.95

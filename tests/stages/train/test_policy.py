@@ -13,7 +13,7 @@ from geomcache.stages.train.policy import PolicyConfig, PolicyNet
 MakePolicy = Callable[..., PolicyNet]
 MakeBatch = Callable[..., PolicyBatch]
 Draw = Callable[[int], torch.Generator]
-KINDS = [(c, p) for c in ("none", "pool") for p in ("self+cross", "interleaved")]
+KINDS = [(c, p) for c in ("none", "pool", "per_layer", "qformer", "gated") for p in ("self+cross", "interleaved")]
 
 
 @pytest.mark.parametrize(("compressor", "pattern"), KINDS)

@@ -198,8 +198,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
 ) -> None:
     original = BatchMaker.batch
 
-    def poisoned(self: BatchMaker, rows: Any) -> Any:
-        batch = original(self, rows)
+    def poisoned(self: BatchMaker, rows: Any, **options: Any) -> Any:
+        batch = original(self, rows, **options)
         batch.proprio_BP[0, 0] = math.nan
         return batch
 

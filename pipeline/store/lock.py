@@ -1,0 +1,123 @@
+"""One writer a cache: a lock file that names its owner, so that a second run is refused by name and not by luck.
+
+Two locks in one: the file's content (host, process, since when) is what a person and other machines see; an flock on it
+tells on the same machine whether the owner still lives. A lock whose owner died on this machine is taken over; one from
+another machine needs ``--unlock``, because from here nobody can know.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.errors import CacheLocked
+from geomcache.pipeline.files import make_folder
+
+LOCK_NAME = "writer.lock"
+
+
+class LockOwner(Schema):
+    """Who writes into a cache."""
+
+    host: str
+    process: int
+    since: str  # UTC
+    command: str  # what it runs
+
+
+@contextmanager
+def write_lock(folder: Path, command: str, *, unlock: bool = False) -> Iterator[None]:
+    """Be the only writer of the cache at ``folder`` for the length of a block.
+
+    Args:
+        folder: made if it is missing.
+        command: for the message that a second writer gets.
+        unlock: take over the lock of another machine's run that is known to be dead.
+
+    Raises:
+        CacheLocked: another run is writing there; its owner is named.
+    """
+    make_folder(folder)
+    path = folder / LOCK_NAME
+    handle, alive = _take(path)
+    try:
+        owner = _read_owner(handle)
+        if alive or (owner is not None and owner.host != socket.gethostname() and not unlock):
+            raise CacheLocked(
+                f"another run is writing the cache {folder}",
+                expected="one writer at a time",
+                found="its lock" if owner is None else _name(owner),
+                fix="wait until it has finished, or stop it"
+                if alive
+                else "when that run is dead, give --unlock once; else wait, or choose another --out",
+            )
+        mine = LockOwner(
+            host=socket.gethostname(),
+            process=os.getpid(),
+            since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            command=command,
+        )
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, mine.model_dump_json().encode() + b"\n", 0)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+    finally:
+        os.close(handle)
+
+
+def lock_owner(folder: Path) -> LockOwner | None:
+    """Who holds (or left) the lock of a cache; None when there is none."""
+    try:
+        handle = os.open(folder / LOCK_NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return _read_owner(handle)
+    finally:
+        os.close(handle)
+
+
+def _take(path: Path) -> tuple[int, bool]:
+    """Open the lock file and lock it; says whether somebody else on this machine holds it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        alive = not _flock(handle)
+        try:
+            if alive or os.path.samestat(os.fstat(handle), path.stat()):
+                return handle, alive
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # its owner finished and removed it in between: what was locked is no longer the lock
+
+
+def _flock(handle: int) -> bool:
+    """Whether this process now holds the file's lock; a file system without locks says yes."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # this file system cannot lock; the owner's name is all there is
+        return True
+    return True
+
+
+def _read_owner(handle: int) -> LockOwner | None:
+    try:
+        return LockOwner.model_validate(json.loads(os.pread(handle, 4096, 0)))
+    except (ValidationError, ValueError):  # empty: its writer died between making and naming it
+        return None
+
+
+def _name(owner: LockOwner) -> str:
+    return f"process {owner.process} on {owner.host} since {owner.since} ({owner.command})"

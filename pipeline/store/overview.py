@@ -1,0 +1,79 @@
+"""What a person wants to know of a cache at a glance, without reading its rows."""
+
+from pathlib import Path
+
+from geomcache.cache_schemas.base import Schema
+from geomcache.cache_schemas.manifest import ShardCommit
+from geomcache.pipeline.store.commits import read_commits
+from geomcache.pipeline.store.local_files import LocalFiles
+from geomcache.pipeline.store.lock import lock_owner
+from geomcache.pipeline.store.reader import open_files, read_manifest
+
+
+class CacheOverview(Schema):
+    """One line of ``cache ls``, the head of ``cache info``."""
+
+    cache: str
+    id: str
+    encoder: str
+    tap: str
+    codec: str
+    row_shape: tuple[int, ...]
+    rows: int
+    rows_committed: int
+    shards: str  # committed/all
+    complete: bool
+    bytes: int
+    bytes_per_row: float | None
+    license: str
+    derived_from: str | None  # id of the full cache
+    writer: str | None  # who holds, or left, the write lock
+    # Over the committed shards, as a reader gets the tokens; None before the first.
+    min: float | None
+    max: float | None
+    mean_norm: float | None
+    non_finite: int
+    codec_max_error: float | None
+    codec_rms_error: float | None  # each channel divided by its std; of the worst shard
+
+
+def overview(location: str) -> CacheOverview:
+    """Look at a cache.
+
+    Raises:
+        CacheMissing, CacheDamaged, CacheStale, SchemaTooNew: by name.
+    """
+    files = open_files(location)
+    manifest = read_manifest(files)
+    commits = list(read_commits(files, manifest).values())
+    statistics = [commit.statistics for commit in commits]
+    rows, size = sum(commit.rows for commit in commits), sum(sum(commit.sizes.values()) for commit in commits)
+    owner = lock_owner(Path(files.folder)) if isinstance(files, LocalFiles) else None
+    spec = manifest.recipe.spec
+    return CacheOverview(
+        cache=location,
+        id=manifest.recipe.fingerprint.cache_id,
+        encoder=spec.encoder,
+        tap=spec.tap,
+        codec=spec.codec,
+        row_shape=spec.row_shape,
+        rows=manifest.rows,
+        rows_committed=rows,
+        shards=f"{len(commits)}/{manifest.shards}",
+        complete=len(commits) == manifest.shards,
+        bytes=size,
+        bytes_per_row=size / rows if rows else None,
+        license=manifest.recipe.encoder.license,
+        derived_from=manifest.derived_from,
+        writer=None if owner is None else f"{owner.command}, process {owner.process} on {owner.host}",
+        min=min((each.min for each in statistics), default=None),
+        max=max((each.max for each in statistics), default=None),
+        mean_norm=_mean(commits) if rows else None,
+        non_finite=sum(each.non_finite for each in statistics),
+        codec_max_error=max((e for s in statistics if (e := s.codec_max_error) is not None), default=None),
+        codec_rms_error=max((e for s in statistics if (e := s.codec_rms_error) is not None), default=None),
+    )
+
+
+def _mean(commits: list[ShardCommit]) -> float:
+    return sum(commit.statistics.mean_norm * commit.rows for commit in commits) / sum(commit.rows for commit in commits)
