@@ -4,10 +4,12 @@ from geomcache.cache_schemas.manifest import Manifest
 
 
 def data_card(manifest: Manifest) -> str:
-    """A page a person can read: what made the tokens, their shape, how to open them."""
+    """A page a person can read: what made the tokens, their shape, how they are kept, how to open them."""
     recipe, spec = manifest.recipe, manifest.recipe.spec
     arrays = "\n".join(
-        f"| `{name}` | {array.dtype} (meaning {array.logical_dtype}) | {manifest.rows} x "
+        f"| `{name}` | {array.dtype} (meaning {array.logical_dtype}"
+        + (f", {array.compression}" if array.compression else "")
+        + f") | {manifest.rows} x "
         + " x ".join(str(size) for size in array.row_shape)
         + " |"
         for name, array in manifest.arrays.items()
@@ -17,12 +19,34 @@ def data_card(manifest: Manifest) -> str:
 Encoder **{spec.encoder}**, tap `{spec.tap}`, licence of its weights: {recipe.encoder.license}.
 {manifest.rows} rows (time steps) x {spec.views} views ({", ".join(spec.cameras)}) x {spec.tokens_per_view} tokens
 ({spec.grid[0]} x {spec.grid[1]} grid) x {spec.dim} numbers, codec `{spec.codec}`.
-
+{_history(manifest)}
 | array | stored as | shape |
 |---|---|---|
 {arrays}
 
 Plain Zarr v3 with the sharding codec ({manifest.rows_per_shard} rows a shard, one row a chunk, crc32c):
-`zarr.open("<this folder>/tokens")` reads it; `bfloat16` arrays are kept as uint16 bit patterns.
-Row i is row i of the pack `{recipe.fingerprint.pack}`. A shard counts only with its record in `commits/`.
+`zarr.open("<this folder>/tokens")` reads it; `bfloat16` arrays are kept as uint16 bit patterns.{_int8(manifest)}
+Row i is row i of the pack `{recipe.fingerprint.pack}`. A shard counts only with its record in `commits/`, which also
+says how far the stored tokens are from the encoder's. `geomcache cache info` sums it up, `cache verify` checks every byte.
 """
+
+
+def _history(manifest: Manifest) -> str:
+    spec, lines = manifest.recipe.spec, []
+    if spec.pooled_to is not None:
+        lines.append(
+            f"Of a row's {spec.views * spec.tokens_per_view} tokens (view, row, column order) only the means of "
+            f"{spec.pooled_to} consecutive groups are kept: for the compressors `pool` and `per_layer`."
+        )
+    if manifest.derived_from is not None:
+        lines.append(f"Made from the cache `{manifest.derived_from}`, which keeps its tokens as `{spec.source_codec}`.")
+    return "".join(f"\n{line}\n" for line in lines)
+
+
+def _int8(manifest: Manifest) -> str:
+    if manifest.recipe.spec.codec != "int8":
+        return ""
+    return (
+        "\nA token is `code * scale * std + mean`, with `std` and `mean` of each channel from `manifest.json`"
+        "\n(`channel_statistics`); code -128 is NaN."
+    )

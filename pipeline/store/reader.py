@@ -151,7 +151,9 @@ def _missing(location: str, found: str) -> CacheMissing:
         f"there is no token cache at {location}",
         expected=f"a folder with {MANIFEST_NAME}",
         found=found,
-        fix=f"geomcache extract --pack PACK --encoder NAME --out {location}",
+        fix="geomcache extract --pack PACK --encoder NAME --out FOLDER, then copy it there"
+        if is_remote(location)
+        else f"geomcache extract --pack PACK --encoder NAME --out {location}",
     )
 
 

@@ -26,6 +26,7 @@ from geomcache.pipeline.store.objects import ObjectStore
 from geomcache.pipeline.store.shard_file import REDO, crc32c, decompress, index_length, parse_index
 
 Check = Literal["every", "first", "off"]
+_REQUESTS_AT_ONCE = 32  # to a store behind a network, whose latency is what a batch waits for
 _TOGETHER_BYTES = 4 << 20  # rows of one shard that are read, then checked while the CPU's cache still holds them
 
 
@@ -109,7 +110,8 @@ class StoredRows:
         threads: int,
     ) -> None:
         self._files, self._manifest, self._commits = files, manifest, commits
-        self._check, self._threads = check, threads
+        self._check = check
+        self._threads = threads if isinstance(files, LocalFiles) else max(threads, _REQUESTS_AT_ONCE)
         self._indices: dict[tuple[str, int], ShardIndex] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -117,9 +119,7 @@ class StoredRows:
 
     def load_indices(self) -> int:
         """Read every index now (each is read at its first row otherwise); returns their memory in bytes."""
-        for shard in self._commits:
-            for name in self._manifest.arrays:
-                self._index(name, shard)
+        self._load({(name, shard) for name in self._manifest.arrays for shard in self._commits})
         return sum(index.own_bytes for index in self._indices.values())
 
     def read(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:
@@ -139,6 +139,8 @@ class StoredRows:
             CacheDamaged: bytes that are not those that were committed; ``out`` is then not to be used.
         """
         self._require_rows(rows)
+        shards = {int(row) // self._manifest.rows_per_shard for row in rows}
+        self._load({(name, shard) for name in self._manifest.arrays for shard in shards})
         for name, array in self._manifest.arrays.items():
             batch, length = out[name], row_bytes(array)
             assert batch.shape == (len(rows), *array.row_shape), (batch.shape, len(rows), array.row_shape)
@@ -185,25 +187,32 @@ class StoredRows:
         for position in order:
             shard, slot = divmod(int(rows[position]), self._manifest.rows_per_shard)
             if shard != last or len(jobs[-1][1]) >= most:
-                jobs.append((self._index(name, shard), [], []))
+                jobs.append((self._indices[name, shard], [], []))
                 last = shard
             jobs[-1][1].append(slot)
             jobs[-1][2].append(views[position])
         return jobs
 
-    def _index(self, name: str, shard: int) -> ShardIndex:
-        found = self._indices.get((name, shard))
-        if found is None:
-            if shard not in self._commits:
-                raise CacheIncomplete(
-                    f"the cache {self._files.location} is not finished",
-                    expected=f"row {shard * self._manifest.rows_per_shard} in a committed shard",
-                    found=f"shard {shard} of {self._manifest.shards} is missing",
-                    fix="run the same geomcache extract again; it continues with the missing shards",
-                )
-            found = load_index(self._files, self._manifest, self._commits[shard], name, self._manifest.arrays[name])
-            self._indices[name, shard] = found
-        return found
+    def _load(self, wanted: set[tuple[str, int]]) -> None:
+        """Read the indices that are not known yet; side by side where each costs a request."""
+        missing = sorted(wanted - self._indices.keys())
+        if len(missing) > 1 and not isinstance(self._files, LocalFiles):
+            found = self._workers().map(self._index, missing)
+        else:
+            found = map(self._index, missing)
+        for key, index in zip(missing, found, strict=True):
+            self._indices[key] = index
+
+    def _index(self, key: tuple[str, int]) -> ShardIndex:
+        name, shard = key
+        if shard not in self._commits:
+            raise CacheIncomplete(
+                f"the cache {self._files.location} is not finished",
+                expected=f"row {shard * self._manifest.rows_per_shard} in a committed shard",
+                found=f"shard {shard} of {self._manifest.shards} is missing",
+                fix="run the same geomcache extract again; it continues with the missing shards",
+            )
+        return load_index(self._files, self._manifest, self._commits[shard], name, self._manifest.arrays[name])
 
     def _run(self, array: ArraySpec, jobs: Iterable[tuple[ShardIndex, list[int], list[memoryview]]]) -> None:
         for index, slots, views in jobs:

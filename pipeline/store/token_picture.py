@@ -135,11 +135,10 @@ def strip_picture(
         for view, axis in enumerate(tokens[:, number]):
             painter.draw(axis, tokens_NVGD[number, view], "")
         axes[0, number].set_title(names[number], fontsize=8)
-    for line, text in [
-        *zip(frames, spec.cameras, strict=True),
-        *((line, painter.label.replace(" ", "\n")) for line in tokens),
-    ]:
-        line[0].set_ylabel(text, fontsize=8)
+    for line, name in zip(frames, spec.cameras, strict=True):
+        line[0].set_ylabel(name, fontsize=8)
+    for line in tokens:
+        line[0].set_ylabel(painter.label.replace(" ", "\n"), fontsize=8)
     painter.draw_scale(figure, tokens.ravel().tolist())
     return _png(figure, title)
 

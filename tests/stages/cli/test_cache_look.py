@@ -28,6 +28,12 @@ def parsed(*arguments: object, code: int = 0) -> dict[str, Any]:
     return dict(json.loads(run(*arguments, "--json", code=code).stdout))
 
 
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return picture.size
+
+
 def mistake(kind: type[GeomcacheError], *arguments: object) -> str:
     found = CliRunner().invoke(app, list(map(str, arguments)))
     assert isinstance(found.exception, kind), found.exception
@@ -39,9 +45,13 @@ def test_stats_in_words_json_and_as_a_picture(caches: dict[str, Path], tmp_path:
     shown = run("stats", caches["depth_anything3"], "--out", out).stdout
     for said in ("25 of 25 rows, from 4 shards", "agentview", "norms of tokens", f"picture: {out}"):
         assert said in shown
-    assert Image.open(out).format == "PNG"
+    assert min(size(out)) > 500
     found = parsed("stats", caches["oracle_pointmap"], "--rows", 8)
-    assert (found["sampled_rows"], found["rows"], found["picture"]) == (7, 25, None)
+    assert (found["sampled_rows"], found["rows"], found["picture"]) == (
+        10,
+        25,
+        None,
+    )  # 3 of each full shard, 1 of the last
     assert len(found["channels"]["mean"]) == 3
     assert found["findings"] == []
     assert "folder" in mistake(InputError, "stats", caches["oracle_pointmap"], "--out", tmp_path / "folder")
@@ -53,7 +63,7 @@ def test_show_draws_a_row_an_episode_and_tokens_alone(caches: dict[str, Path], p
     sizes = []
     for options in (["--row", 3], ["--pack", pack_path, "--row", 3], ["--pack", pack_path, "--episode", 2], []):
         assert parsed("show", cache, "--out", out, *options) == {"picture": str(out)}
-        sizes.append(Image.open(out).size)
+        sizes.append(size(out))
         out.unlink()
     assert sizes[0][0] < sizes[1][0] < sizes[2][0]
     assert sizes[3] == sizes[0]
