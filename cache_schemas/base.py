@@ -129,4 +129,6 @@ def _differences(mine: Any, theirs: Any, name: str) -> list[str]:
     if isinstance(mine, list) and isinstance(theirs, list) and max(len(mine), len(theirs)) > _LONG_LIST:
         differing = sum(a != b for a, b in zip(mine, theirs, strict=False)) + abs(len(mine) - len(theirs))
         return [f"{name}: {differing} of {max(len(mine), len(theirs))} values differ"]
+    if isinstance(mine, dict) != isinstance(theirs, dict):
+        return [f"{name}: only the {'first' if isinstance(mine, dict) else 'second'} has it"]
     return [f"{name}: {mine!r} != {theirs!r}"]

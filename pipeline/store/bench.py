@@ -208,7 +208,9 @@ class _Bench:
         files = open_files(checked.location)
         self._raw = RawRows(checked, files) if isinstance(files, LocalFiles) else None
         self._cold = self._raw is not None
-        self._cold_remark = None if self._cold else "cold reads are not measured behind a URL"
+        self._cold_remark = (
+            None if self._cold else "behind a URL every read crosses the network; caches there are not known"
+        )
         self._readers = {"checked": checked, "unchecked": unchecked}
         self._ways = ["checked", "unchecked", *(["raw"] if self._raw else [])]
         self._bound = rows or max(1, int(MOST_BYTES / self._row_bytes))

@@ -26,8 +26,8 @@ Encoder **{spec.encoder}**, tap `{spec.tap}`, licence of its weights: {recipe.en
 
 Plain Zarr v3 with the sharding codec ({manifest.rows_per_shard} rows a shard, one row a chunk, crc32c):
 `zarr.open("<this folder>/tokens")` reads it; `bfloat16` arrays are kept as uint16 bit patterns.{_int8(manifest)}
-Row i is row i of the pack `{recipe.fingerprint.pack}`. A shard counts only with its record in `commits/`, which also
-says how far the stored tokens are from the encoder's. `geomcache cache info` sums it up, `cache verify` checks every byte.
+Row i is row i of the pack `{recipe.fingerprint.pack}`. A shard counts only with its record in `commits/`,
+which also says how far the stored tokens are from the encoder's: `geomcache cache info`, `geomcache cache verify`.
 """
 
 

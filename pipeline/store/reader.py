@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from geomcache.cache_schemas.errors import CacheDamaged, CacheIncomplete, CacheMissing
+from geomcache.cache_schemas.errors import CacheDamaged, CacheIncomplete, CacheMissing, CacheStale
 from geomcache.cache_schemas.manifest import MANIFEST_NAME, Manifest, TokenRecipe
 from geomcache.cache_schemas.token_spec import TokenSpec
+from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.commits import read_commits, require_metadata
 from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.objects import ObjectStore, is_remote, open_objects
@@ -140,6 +141,18 @@ class CachedTokens:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.location, self._arguments)
+
+
+def require_pack_of(cache: CachedTokens, pack: PackReader) -> None:
+    """Raise ``CacheStale`` unless the cache was made from exactly this pack."""
+    if cache.recipe.fingerprint.pack != pack.info.digest:
+        raise CacheStale(
+            f"the cache {cache.location} was made from another pack",
+            expected=f"pack digest {pack.info.digest[:16]} ({pack.path})",
+            found=f"pack digest {cache.recipe.fingerprint.pack[:16]}",
+            fix=f"--pack PACK of this cache, or geomcache extract --pack {pack.path} --encoder {cache.spec.encoder} "
+            "--out NEW_CACHE",
+        )
 
 
 def _open_again(location: Path | str, arguments: dict[str, Any]) -> CachedTokens:

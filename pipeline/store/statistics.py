@@ -12,6 +12,7 @@ from geomcache.cache_schemas.token_spec import ChannelStatistics
 from geomcache.pipeline.interfaces import TokenCodec
 from geomcache.pipeline.tokens import as_tensors
 
+_SQUARE_FITS_FLOAT32 = 1e15  # sums of squares too
 STATISTICS_ROWS = 2048  # of a cache, evenly spread, from which a run's channel statistics are made
 
 
@@ -69,6 +70,8 @@ def shard_statistics(
         if values.numel():
             low, high = values.aminmax()
             lowest, highest = min(lowest, float(low)), max(highest, float(high))
+            if max(abs(lowest), abs(highest)) > _SQUARE_FITS_FLOAT32:
+                read_VGD, error_VGD = read_VGD.double(), error_VGD.double()
         largest_error = max(largest_error, float(error_VGD.abs().max()))
         error_D += error_VGD.square().sum(dim=(0, 1))
         total_D += read_VGD.sum(dim=(0, 1))

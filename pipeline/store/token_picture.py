@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache_schemas.errors import CacheStale, InputError
+from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.channel_stats import describe_tokens
-from geomcache.pipeline.store.reader import CachedTokens
+from geomcache.pipeline.store.reader import CachedTokens, require_pack_of
 from geomcache.pipeline.store.statistics import even_rows
 
 _STRIP_FRAMES = 8
@@ -68,18 +68,6 @@ def episode_picture(cache: CachedTokens, pack: PackReader, episode: int) -> byte
         [f"step {step}\nrow {row}" for step, row in zip(steps, rows, strict=True)],
         f"{_episode_title(pack, episode)}, {length} steps\n{describe_tokens(cache)}",
     )
-
-
-def require_pack_of(cache: CachedTokens, pack: PackReader) -> None:
-    """Raise ``CacheStale`` unless the cache was made from exactly this pack."""
-    if cache.recipe.fingerprint.pack != pack.info.digest:
-        raise CacheStale(
-            f"the cache {cache.location} was made from another pack",
-            expected=f"pack digest {pack.info.digest[:16]} ({pack.path})",
-            found=f"pack digest {cache.recipe.fingerprint.pack[:16]}",
-            fix=f"--pack PACK of this cache, or geomcache extract --pack {pack.path} --encoder {cache.spec.encoder} "
-            "--out NEW_CACHE",
-        )
 
 
 def tokens_picture(

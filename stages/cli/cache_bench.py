@@ -11,7 +11,7 @@ def bench(
     cache: Annotated[str, typer.Argument(help="Folder or URL of the cache.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows of a random batch.")] = 64,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Read about so many rows in all, at most; 2 GiB of them by default.")
+        int | None, typer.Option(min=32, help="Read at most so many rows in all; 2 GiB of them by default.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Begin no new round after this time.")] = 10.0,
     as_json: JsonOption = False,

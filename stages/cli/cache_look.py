@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geomcache.stages.cli.common import EXIT_FINDING, JsonOption, progress_bar, show_table, show_values
+from geomcache.stages.cli.common import EXIT_FINDING, JsonOption, progress_bar, require_png, show_table, show_values
 
 if TYPE_CHECKING:
     from geomcache.pipeline.store.channel_stats import TokenStatistics
@@ -28,7 +28,7 @@ def stats(
     from geomcache.pipeline.store.stats_picture import stats_picture
 
     if out is not None:
-        _require_png(out)
+        require_png(out)
     with CachedTokens(cache, partial=True) as tokens, progress_bar("reading rows") as progress:
         found = channel_stats(tokens, rows, progress)
     if out is not None:
@@ -59,7 +59,7 @@ def show(
     from geomcache.pipeline.store.reader import CachedTokens
     from geomcache.pipeline.store.token_picture import episode_picture, row_picture
 
-    _require_png(out)
+    require_png(out)
     if row is not None and episode is not None:
         raise InputError(
             "a picture shows a row or an episode", expected="--row or --episode", found="both", fix="leave one out"
@@ -99,13 +99,6 @@ def diff(
         _print_difference(found)
     if not found.equal:
         raise typer.Exit(EXIT_FINDING)
-
-
-def _require_png(out: Path) -> None:
-    from geomcache.cache_schemas.errors import InputError
-
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise InputError(f"{out} is no name for a picture", expected="a file ending in .png", fix="--out tokens.png")
 
 
 def _print_statistics(found: "TokenStatistics") -> None:

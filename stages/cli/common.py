@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from geomcache.cache_schemas.base import Schema
 
 EXIT_FINDING, EXIT_MISTAKE = 1, 2
@@ -82,6 +84,14 @@ class _LineNowAndThen:
 def say(text: str) -> None:
     """A line for a person, on standard error, so that standard output stays machine-readable."""
     typer.echo(text, err=True)
+
+
+def require_png(out: "Path") -> None:
+    """``InputError`` unless ``out`` is a name for a picture."""
+    from geomcache.cache_schemas.errors import InputError
+
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError(f"{out} is no name for a picture", expected="a file ending in .png", fix="--out picture.png")
 
 
 def show(result: "Schema", as_json: bool, extra: dict[str, Any] | None = None) -> None:

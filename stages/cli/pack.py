@@ -14,6 +14,7 @@ from geomcache.stages.cli.common import (
     JsonOption,
     SetOption,
     progress_bar,
+    require_png,
     say,
     show_table,
     show_values,
@@ -166,13 +167,11 @@ def show_row(
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("row.png"),
 ) -> None:
     """Draw one row: all views, depth if any, instruction, action and state."""
-    from geomcache.cache_schemas.errors import InputError
     from geomcache.pipeline.files import write_atomic
     from geomcache.pipeline.pack.picture import row_picture
     from geomcache.pipeline.pack.reader import PackReader
 
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise InputError(f"{out} is no name for a picture", expected="a file ending in .png", fix="--out row.png")
+    require_png(out)
     with PackReader(pack) as reader:
         write_atomic(out, row_picture(reader, row))
     typer.echo(f"picture: {out}")

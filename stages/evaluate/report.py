@@ -11,6 +11,7 @@ from geomcache.cache_schemas.errors import GeomcacheError, InputError
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.pipeline.files import write_atomic
 from geomcache.pipeline.pack.reader import PackReader
+from geomcache.pipeline.store.channel_stats import describe_tokens
 from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.pipeline.store.token_picture import tokens_picture
 from geomcache.stages.evaluate.pictures import curves_picture
@@ -140,13 +141,9 @@ def _caches(folder: Path) -> list[dict[str, str]]:
                 continue  # an unfinished cache has no place in a report
             if cache.recipe.fingerprint.pack != pack.info.digest:
                 continue  # made from another pack than the one that lies here
-            spec = cache.spec
-            picture = tokens_picture(spec, cache.tokens([row])[0].numpy(), pack.images([row])[0])
+            picture = tokens_picture(cache.spec, cache.tokens([row])[0].numpy(), pack.images([row])[0])
             cache.close()
-            text = (
-                f"row {row}, tap {spec.tap}, {spec.views} views x {spec.tokens_per_view} tokens x {spec.dim}, "
-                f"codec {spec.codec}; licence of the weights: {cache.recipe.encoder.license}"
-            )
+            text = f"row {row}: {describe_tokens(cache)}; licence of the weights: {cache.recipe.encoder.license}"
             pictures.append({"name": path.parent.name, "text": text, "picture": _base64(picture)})
     return pictures
 

@@ -15,7 +15,7 @@ from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.cache_schemas.token_spec import ChannelStatistics
 from geomcache.pipeline.interfaces import TokenCodec
 from geomcache.pipeline.pack.reader import PackReader
-from geomcache.pipeline.store.reader import CachedTokens
+from geomcache.pipeline.store.reader import CachedTokens, require_pack_of
 from geomcache.pipeline.store.statistics import STATISTICS_ROWS, channel_statistics, even_rows
 from geomcache.pipeline.tokens import as_tensors
 from geomcache.stages.train.batch import PolicyBatch
@@ -144,13 +144,7 @@ class TrainingData:
                     found="none",
                     fix=f"geomcache extract --pack {pair.pack} --encoder NAME --out CACHE, then --cache CACHE",
                 )
-            if cache.recipe.fingerprint.pack != pack.info.digest:
-                raise CacheStale(
-                    f"the cache {pair.cache} was made from another pack",
-                    expected=f"pack digest {pack.info.digest[:16]} ({pair.pack})",
-                    found=f"pack digest {cache.recipe.fingerprint.pack[:16]}",
-                    fix=f"geomcache extract --pack {pair.pack} --encoder {cache.spec.encoder} --out NEW_CACHE",
-                )
+            require_pack_of(cache, pack)
             assert first_cache is not None
             differences = first_cache.spec.describe_difference(cache.spec)
             mine = cache.recipe.fingerprint.model_copy(update={"pack": first_cache.recipe.fingerprint.pack})

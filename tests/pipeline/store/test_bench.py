@@ -21,6 +21,7 @@ from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.stages.cli.cache_bench import bench
 from tests.conftest import extract_without_ray, nothing
+from tests.object_server import Server
 
 
 def _in_memory(path: Path) -> bool:
@@ -152,6 +153,15 @@ def test_damage_is_an_error_and_no_figure(caches: dict[str, Path], tmp_path: Pat
         bench_cache(path, seconds=0, progress=nothing)
     with pytest.raises(CacheMissing):
         bench_cache(tmp_path / "none", progress=nothing)
+
+
+def test_behind_a_url_there_is_no_disk_to_compare_with(caches: dict[str, Path], server: Server, tmp_path: Path) -> None:
+    (tmp_path / "cache").symlink_to(caches["depth_anything3"])
+    result = bench_cache(f"{server.url}/cache", batch=4, seconds=0, progress=nothing)
+    assert {(one.state, one.raw) for one in result.measured} == {("warm", None)}
+    assert len(result.measured) == 3
+    assert any("URL" in line for line in result.findings())
+    assert not any("bare" in line for line in result.findings())
 
 
 def test_the_words_say_what_the_numbers_mean() -> None:

@@ -160,6 +160,16 @@ def test_a_view_without_finite_tokens_and_a_cache_without_any(tokens: NDArray[np
         look(write_cache(tmp_path / "none", np.full_like(tokens, np.nan)))
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, 3e38])
+def test_a_dead_encoder_is_named_and_can_be_drawn(value: float, tmp_path: Path) -> None:
+    dead = look(write_cache(tmp_path / "c", np.full((ROWS, 2, 6, DIM), value, dtype=np.float32)))
+    assert dead.dead_row_count == ROWS
+    assert dead.repeated_row_count == ROWS - 1
+    assert len(dead.constant_channels) == DIM
+    assert (dead.massive_channels, dead.drifting) == ((), [])
+    opened(stats_picture(dead))
+
+
 def test_pooled_tokens_have_no_heat_map(tokens: NDArray[np.float32], tmp_path: Path) -> None:
     found = look(write_cache(tmp_path / "c", tokens[:, :1, :4], pooled_to=4))
     assert [(view.view, view.grid) for view in found.norms] == [("pooled", None)]
