@@ -1,7 +1,8 @@
 """Caches that older releases wrote must open for ever.
 
 When a test here fails, the code is wrong, not the fixture: users hold terabytes of such caches. v1 was written by the
-release before schema version 2 (no seals, no checksums in the commit records); its tokens stand beside it as .npy.
+release before schema version 2 (no seals, no checksums in the commit records), v2 by the first release with it, from
+v1's pack. The tokens of each cache stand beside it as .npy.
 """
 
 import shutil
@@ -21,32 +22,32 @@ from geomcache.stages.extract.worker import ShardWorker
 from tests.conftest import ENCODERS, nothing
 
 CACHES = Path(__file__).parents[2] / "golden" / "caches"
+PACK = CACHES / "v1" / "pack"
+OLD = ["v1/oracle_pointmap", "v1/depth_anything3", "v2/bf16", "v2/int8", "v2/lossless", "v2/pooled"]
 
 
-@pytest.mark.parametrize("version", ["v1"])
-@pytest.mark.parametrize("encoder", sorted(ENCODERS))
-def test_an_old_cache_opens_reads_verifies_and_is_what_the_encoder_still_makes(version: str, encoder: str) -> None:
-    folder = CACHES / version
-    expected = np.load(folder / f"{encoder}.npy", allow_pickle=False)
-    with CachedTokens(folder / encoder) as cache, PackReader(folder / "pack") as pack:
+@pytest.mark.parametrize("name", OLD)
+def test_an_old_cache_opens_reads_verifies_and_is_what_the_encoder_still_makes(name: str) -> None:
+    expected = np.load(CACHES / f"{name}.npy", allow_pickle=False)
+    with CachedTokens(CACHES / name) as cache, PackReader(PACK) as pack:
         np.testing.assert_array_equal(cache.tokens(range(len(cache))).numpy(), expected)
         live = build_live_tokens(cache.recipe, pack.info.contract, "cpu")  # refuses when its fingerprint changed
         assert live.spec == cache.spec
-        np.testing.assert_allclose(live.tokens(pack.frames([3])).numpy(), expected[3:4], atol=1e-2)
+        np.testing.assert_allclose(live.tokens(pack.frames([3])).numpy(), expected[3:4], atol=2e-2)
         covered = pack.info.digest, len(pack)
-    assert verify_cache(folder / encoder, repair=False, progress=nothing, pack=covered).complete
+    assert verify_cache(CACHES / name, repair=False, progress=nothing, pack=covered).complete
 
 
-@pytest.mark.parametrize("version", ["v1"])
-def test_an_old_cache_can_be_continued_derived_from_and_is_still_checked(version: str, tmp_path: Path) -> None:
-    folder = tmp_path / version
-    shutil.copytree(CACHES / version, folder)
-    (folder / "depth_anything3/commits/000001.json").unlink()
+@pytest.mark.parametrize("name", ["v1/depth_anything3", "v2/bf16"])
+def test_an_old_cache_can_be_continued_derived_from_and_is_still_checked(name: str, tmp_path: Path) -> None:
+    shutil.copytree(CACHES / name, tmp_path / "old")
+    (tmp_path / "old/commits/000001.json").unlink()
     config = ExtractConfig(
-        pack=folder / "pack",
-        out=folder / "depth_anything3",
+        pack=PACK,
+        out=tmp_path / "old",
         encoder_config=ENCODERS["depth_anything3"],
         encoder="depth_anything3",
+        codec="bf16",
         device="cpu",
     )
     plan = begin(make_plan(config))
