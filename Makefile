@@ -55,6 +55,7 @@ bench: install
 	@mkdir -p runs/benchmarks
 	$(BIN)/python benchmarks/cli.py --json runs/benchmarks/cli.json
 	$(BIN)/python benchmarks/frames.py --json runs/benchmarks/frames.json
+	$(BIN)/python benchmarks/cache.py --json runs/benchmarks/cache.json
 
 demo-table: install
 	$(BIN)/python benchmarks/demo_table.py --states 50 --noise 0 0.1 --out docs/demo_table.md

@@ -27,7 +27,8 @@ from geomcache.pipeline.store.shard_file import REDO, crc32c, decompress, index_
 
 Check = Literal["every", "first", "off"]
 _REQUESTS_AT_ONCE = 32  # to a store behind a network, whose latency is what a batch waits for
-_TOGETHER_BYTES = 4 << 20  # rows of one shard that are read, then checked while the CPU's cache still holds them
+_TOGETHER_BYTES = 4 << 20  # rows of one shard that one thread takes at a time
+_CHECKED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,7 @@ class StoredRows:
 
     def _read(self, index: ShardIndex, slots: Sequence[int], views: Sequence[memoryview]) -> None:
         offsets = index.offsets[slots].tolist()
-        unchecked = [n for n, slot in enumerate(slots) if self._check == "every" or not index.seen[slot]]
+        unchecked = {n for n, slot in enumerate(slots) if self._check == "every" or not index.seen[slot]}
         if self._check == "off" or not unchecked:
             self._files.read_ranges(index.path, offsets, views)
             return
@@ -235,18 +236,27 @@ class StoredRows:
         for number, (offset, view) in enumerate(zip(offsets, views, strict=True)):
             places += [offset, offset + len(view)]
             buffers += [view, stored[number * CRC_BYTES : (number + 1) * CRC_BYTES]]
-        self._files.read_ranges(index.path, places, buffers)
-        for number in unchecked:
-            slot, found, beside = slots[number], crc32c(views[number]), bytes(buffers[2 * number + 1])
-            committed = beside if index.crcs is None else index.crcs[slot * CRC_BYTES : (slot + 1) * CRC_BYTES]
-            if found != beside or found != committed:
-                raise CacheDamaged(
-                    f"{self._files.location}/{index.path}: row {slot} of the shard fails its checksum",
-                    expected=f"crc32c {committed.hex()}, as committed",
-                    found=f"{found.hex()} (its bytes), {beside.hex()} (beside it)",
-                    fix=REDO,
-                )
-            index.seen[slot] = 1
+        # A row is checked at once, while the core's own cache holds it; behind a network, requests go together.
+        local = isinstance(self._files, LocalFiles)
+        step = max(1, _CHECKED_BYTES // max(len(views[0]), 1)) if local else len(slots)
+        for start in range(0, len(slots), step):
+            piece = slice(2 * start, 2 * (start + step))
+            self._files.read_ranges(index.path, places[piece], buffers[piece])
+            for number in range(start, min(start + step, len(slots))):
+                if number in unchecked:
+                    self._compare(index, slots[number], views[number], bytes(buffers[2 * number + 1]))
+
+    def _compare(self, index: ShardIndex, slot: int, view: memoryview, beside: bytes) -> None:
+        found = crc32c(view)
+        committed = beside if index.crcs is None else index.crcs[slot * CRC_BYTES : (slot + 1) * CRC_BYTES]
+        if found != beside or found != committed:
+            raise CacheDamaged(
+                f"{self._files.location}/{index.path}: row {slot} of the shard fails its checksum",
+                expected=f"crc32c {committed.hex()}, as committed",
+                found=f"{found.hex()} (its bytes), {beside.hex()} (beside it)",
+                fix=REDO,
+            )
+        index.seen[slot] = 1
 
     def _workers(self) -> ThreadPoolExecutor:
         with self._lock_of_this_process():

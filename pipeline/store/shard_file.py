@@ -8,7 +8,7 @@ whole; see docs/design.md.
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,9 @@ def write_shard(path: Path, rows: NDArray[Any], slots: int, *, compressed: bool 
         ThreadPoolExecutor(os.cpu_count() if compressed else 1, "pack-rows") as packers,
         ThreadPoolExecutor(1, "digest") as digester,
         atomic_writer(path) as file,
+        ThreadPoolExecutor(1, "sync") as syncer,  # innermost: ends before the file is closed
     ):
+        synced: Future[None] | None = None
         packed = [packers.submit(_pack, contiguous, group, compressed) for group in groups]
         for number, group in enumerate(groups):
             ready = packed[number].result()
@@ -77,6 +79,12 @@ def write_shard(path: Path, rows: NDArray[Any], slots: int, *, compressed: bool 
             crcs += b"".join(bytes(crc) for crc in ready.parts[1::2])
             write_all(file.fileno(), ready.parts)
             digester.submit(take, ready.parts)
+            if len(groups) > 1 and (synced is None or synced.done()):  # the disk works while checksums are made
+                if synced is not None:
+                    synced.result()  # an error of the disk is reported once per descriptor
+                synced = syncer.submit(os.fdatasync, file.fileno())
+        if synced is not None:
+            synced.result()
         tail = [index.tobytes(), crc32c(index.tobytes())]
         write_all(file.fileno(), tail)
         done = digester.submit(take, tail)
