@@ -12,6 +12,7 @@ from geomcache.cache_schemas.layout import shard_count
 from geomcache.cache_schemas.token_spec import TokenSpec
 
 MANIFEST_NAME = "manifest.json"
+Hex = Annotated[str, Field(pattern="^[0-9a-f]*$")]
 ArrayName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]  # becomes a path: never one that climbs
 
 
@@ -55,8 +56,8 @@ class Manifest(VersionedSchema):
     sealed_since: ClassVar[int | None] = 2
     schema_version: int = 2  # 2: sealed, pooled and int8 tokens; 1 can still be read
     recipe: TokenRecipe
-    rows: int = Field(ge=0)
-    rows_per_shard: int = Field(ge=1)
+    rows: int = Field(ge=0, le=10**9)
+    rows_per_shard: int = Field(ge=1, le=10**6)
     arrays: dict[ArrayName, ArraySpec]
     geomcache_version: str
     derived_from: str | None = None  # id of the cache it was made from by `cache derive`
@@ -74,17 +75,17 @@ class Manifest(VersionedSchema):
 
 
 class ShardStatistics(Schema):
-    """Of one shard's tokens as a reader gets them, over finite values; what schema version 1 lacks is None."""
+    """Of one shard's tokens as a reader gets them, over finite tokens; what schema version 1 lacks is None."""
 
-    min: float
-    max: float
+    min: float | None  # None: no token is finite
+    max: float | None
     mean_norm: float  # of a token
     non_finite: int  # values
     mean: float | None = None
     std: float | None = None
-    valid_rows: str | None = None  # hex, first row = highest bit: 1 where every value of the row is finite
+    valid_rows: Hex | None = None  # hex, first row = highest bit: 1 where every value of the row is finite
     codec_max_error: float | None = None  # largest |stored - encoder's|
-    codec_rms_error: float | None = None  # root mean square of the same, each channel divided by its own std
+    codec_rms_error: float | None = None  # root mean square of the same, each channel divided by its std
 
 
 class ShardCommit(Schema):
@@ -98,7 +99,7 @@ class ShardCommit(Schema):
     sizes: dict[str, int]  # array name -> bytes of the shard file
     # array name -> hex of each row's crc32c (little-endian, 8 characters a row): a row that is whole but lies in the
     # wrong place, shard or cache fails its check. Empty in schema version 1.
-    row_crc32c: dict[str, str] = Field(default_factory=dict)
+    row_crc32c: dict[str, Hex] = Field(default_factory=dict)
     statistics: ShardStatistics
     seconds: dict[str, float]  # read, encode, write
 

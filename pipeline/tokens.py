@@ -73,9 +73,12 @@ class StoredForm:
         self.codec = build_codec(spec)
         self._source = build_codec(spec.full) if spec.source_codec is not None else None
 
-    def prepare(self, tokens_BVGD: torch.Tensor) -> torch.Tensor:
-        """Full tokens, float32 -> what the codec is given, [B, *spec.row_shape]; rows are independent."""
-        if self._source is not None:
+    def prepare(self, tokens_BVGD: torch.Tensor, *, from_source: bool = False) -> torch.Tensor:
+        """Full tokens, float32 -> what the codec is given, [B, *spec.row_shape]; rows are independent.
+
+        ``from_source``: they were read from the source cache, so they have made its codec's trip already.
+        """
+        if self._source is not None and not from_source:
             tokens_BVGD = round_trip(self._source, tokens_BVGD)
         return tokens_BVGD if self.spec.pooled_to is None else pool_tokens(tokens_BVGD.cpu(), self.spec.pooled_to)
 
@@ -114,7 +117,7 @@ def token_recipe(
                         "encoder": spec.encoder,
                         "version": encoder.version,
                         "config": {name: settings[name] for name in _fingerprint_fields(encoder.config)},
-                        "spec": _as_first_written(spec.full),
+                        "spec": _without_none(spec.full),
                     }
                 ),
                 spec,
@@ -131,12 +134,12 @@ def stored_digest(full_digest: str, spec: TokenSpec) -> str:
     """``Fingerprint.encoder_config`` of tokens kept as ``spec`` says, from that of the full tokens."""
     if spec == spec.full:
         return full_digest
-    return digest_json({"full": full_digest, "spec": spec.model_dump(mode="json")})
+    return digest_json({"full": full_digest, "spec": _without_none(spec)})
 
 
-def _as_first_written(full: TokenSpec) -> dict[str, Any]:
-    """Without the fields that schema version 1 did not have, so that old caches keep their id."""
-    return {name: value for name, value in full.model_dump(mode="json").items() if value is not None}
+def _without_none(spec: TokenSpec) -> dict[str, Any]:
+    """A field that a later release adds and that is not used must not change the id of old caches."""
+    return {name: value for name, value in spec.model_dump(mode="json").items() if value is not None}
 
 
 def _fingerprint_fields(config: Schema) -> list[str]:

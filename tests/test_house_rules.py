@@ -81,7 +81,7 @@ OPTIONS = {
     "eval": "RUN --suite --tasks --episodes --seed --out --encoder --cameras --image-orientation --config --set --json",
     "cache ls": "FOLDER --json",
     "cache info": "CACHE --json",
-    "cache verify": "CACHE --repair --pack --json",
+    "cache verify": "CACHE --repair --pack --unlock --json",
     "cache derive": "CACHE --out --pool --codec --statistics-from --unlock --json",
     "cache stats": "CACHE --rows --out --json",
     "cache show": "CACHE --pack --row --episode --out --json",

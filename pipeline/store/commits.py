@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from geomcache.cache_schemas.errors import CacheDamaged, CacheStale, GeomcacheError
@@ -27,10 +27,13 @@ def read_commits(
     # A folder is listed; behind a URL there may be no listing, so every record is asked for.
     shards = _committed(files.folder, manifest) if isinstance(files, LocalFiles) else list(range(manifest.shards))
     commits, cache_id = {}, manifest.recipe.fingerprint.cache_id
-    for shard, data in zip(shards, files.read_many([commit_path(shard) for shard in shards]), strict=True):
+    found: Sequence[bytes | CacheDamaged | None] = files.read_many([commit_path(shard) for shard in shards])
+    for shard, data in zip(shards, found, strict=True):
         if data is None:
             continue
         try:
+            if isinstance(data, CacheDamaged):
+                raise data
             commits[shard] = _parse(data, f"{files.location}/{commit_path(shard)}", manifest, cache_id, shard)
         except GeomcacheError as problem:
             if on_error is None:
@@ -88,7 +91,7 @@ def zarr_metadata(manifest: Manifest) -> dict[str, str]:
 def wrong_metadata(files: LocalFiles | ObjectStore, manifest: Manifest) -> list[str]:
     """The zarr.json files that are missing or do not say what the manifest says."""
     documents = zarr_metadata(manifest)
-    found = files.read_many(list(documents))
+    found: Sequence[bytes | CacheDamaged | None] = files.read_many(list(documents))
     return [name for (name, text), data in zip(documents.items(), found, strict=True) if not _same_json(data, text)]
 
 
@@ -103,13 +106,13 @@ def require_metadata(files: LocalFiles | ObjectStore, manifest: Manifest) -> Non
         )
 
 
-def _same_json(data: bytes | None, text: str) -> bool:
-    if data is None:
+def _same_json(data: bytes | CacheDamaged | None, text: str) -> bool:
+    if not isinstance(data, bytes):
         return False
     if data == text.encode():
         return True
     try:  # another Zarr writer may have spelled the same document in its own way
         found: object = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return bool(found == json.loads(text))

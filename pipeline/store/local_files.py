@@ -1,22 +1,28 @@
 """Files of a cache on this machine: read in place by ``preadv``, from any number of threads, also after a fork.
 
-Descriptors stay open, as many as the process may have; the same few methods as ``pipeline/store/objects.py``, so that a
-reader need not know where the bytes lie.
+Descriptors stay open, for all caches of the process together up to half of what it may have. The same few methods as
+``pipeline/store/objects.py``, so that a reader need not know where the bytes lie.
 """
 
+import contextlib
+import itertools
 import os
 import resource
+import stat
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from geomcache.cache_schemas.base import MAX_JSON_BYTES
 from geomcache.cache_schemas.errors import CacheDamaged
 from geomcache.pipeline.files import allow_many_open_files
 from geomcache.pipeline.store.shard_file import REDO
 
-_MOST_BYTES, _MOST_BUFFERS = 8 << 20, 1024  # of one system call: what was read is still in the CPU's cache when checked
+_MOST_BYTES, _MOST_BUFFERS = 8 << 20, 1024  # of one system call
+_owners = itertools.count()
 
 
 class LocalFiles:
@@ -24,40 +30,47 @@ class LocalFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.location = folder, str(folder)
-        allow_many_open_files()
-        self._keep = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._reading = 0
-        self._lock = threading.Lock()
-        os.register_at_fork(after_in_child=_Renew(self))
+        self._owner = next(_owners)
+        weakref.finalize(self, _open_files.close, self._owner)
 
     def read(self, path: str) -> bytes:
-        """A whole small file; raises ``FileNotFoundError``."""
-        handle = os.open(f"{self.location}/{path}", os.O_RDONLY)
+        """A whole small file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CacheDamaged: it is far too large to be one of ours, or no file at all.
+        """
+        handle = _open_regular(f"{self.location}/{path}")
         try:
             size = os.fstat(handle).st_size
+            if size > MAX_JSON_BYTES:
+                raise CacheDamaged(
+                    f"{self.location}/{path} is too large to be a record of geomcache",
+                    expected=f"at most {MAX_JSON_BYTES >> 20} MiB",
+                    found=f"{size:,} bytes",
+                    fix=REDO,
+                )
             return os.pread(handle, size, 0)
         finally:
             os.close(handle)
 
-    def read_many(self, paths: Sequence[str]) -> list[bytes | None]:
-        """Small files; None where there is none."""
-        found: list[bytes | None] = []
+    def read_many(self, paths: Sequence[str]) -> list[bytes | CacheDamaged | None]:
+        """Small files: None where there is none, what is wrong where ``read`` would raise it."""
+        found: list[bytes | CacheDamaged | None] = []
         for path in paths:
             try:
                 found.append(self.read(path))
             except FileNotFoundError:
                 found.append(None)
+            except CacheDamaged as problem:
+                found.append(problem)
         return found
 
     def tail(self, path: str, length: int) -> tuple[bytes, int]:
         """The last ``length`` bytes (fewer in a shorter file) and the file's size; raises ``FileNotFoundError``."""
-        handle = self._acquire(path)
-        try:
+        with _open_files.use(self._owner, f"{self.location}/{path}") as handle:
             size = os.fstat(handle).st_size
             return os.pread(handle, length, max(0, size - length)), size
-        finally:
-            self._release()
 
     def read_ranges(self, path: str, offsets: Sequence[int], out: Sequence[memoryview]) -> None:
         """Fill each buffer from its offset; neighbours that touch are read by one call.
@@ -65,61 +78,108 @@ class LocalFiles:
         Raises:
             CacheDamaged: the file is missing or ends too early.
         """
+        where = f"{self.location}/{path}"
         try:
-            handle = self._acquire(path)
+            with _open_files.use(self._owner, where) as handle:
+                for start, stop in _touching(offsets, out):
+                    wanted = sum(len(part) for part in out[start:stop])
+                    got = os.preadv(handle, out[start:stop], offsets[start])
+                    if got != wanted:  # a short read would leave another row's bytes in a reused buffer
+                        raise CacheDamaged(
+                            f"{where} ends too early",
+                            expected=f"{wanted} bytes at {offsets[start]}",
+                            found=f"{got}",
+                            fix=REDO,
+                        )
         except FileNotFoundError as problem:
             raise CacheDamaged(
-                f"{self.location}/{path} is missing", expected="a committed shard", found="no file", fix=REDO
+                f"{where} is missing", expected="a committed shard", found="no file", fix=REDO
             ) from problem
-        try:
-            for start, stop in _touching(offsets, out):
-                wanted = sum(len(part) for part in out[start:stop])
-                got = os.preadv(handle, out[start:stop], offsets[start])
-                if got != wanted:  # a short read would leave another row's bytes in a reused buffer
-                    raise CacheDamaged(
-                        f"{self.location}/{path} ends too early",
-                        expected=f"{wanted} bytes at {offsets[start]}",
-                        found=f"{got}",
-                        fix=REDO,
-                    )
-        finally:
-            self._release()
 
     def close(self) -> None:
-        """Close every file."""
-        with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
+        """Close every file, those that another thread is reading as soon as it has finished."""
+        _open_files.close(self._owner)
 
-    def _acquire(self, path: str) -> int:
-        """A descriptor, open until ``_release``: nothing is closed while any thread reads."""
+
+@dataclass
+class _Open:
+    handle: int
+    users: int = 0
+    doomed: bool = False  # closed by the last user
+
+
+class _OpenFiles:
+    """Descriptors of all caches of this process, the least recently used one closed first, none while it is read."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may come while the same thread holds it
+        self._open: OrderedDict[tuple[int, str], _Open] = OrderedDict()
+        self._most = 0
+
+    def renew(self) -> None:
+        """After a fork: no other thread is in the child, and a lock that one held would never be released."""
+        self._lock = threading.RLock()
+        for entry in self._open.values():
+            entry.users = 0
+
+    @contextlib.contextmanager
+    def use(self, owner: int, path: str) -> Iterator[int]:
+        """A descriptor that stays open for the length of a block."""
+        key = owner, path
         with self._lock:
-            handle = self._open.get(path)
-            if handle is None:
-                if not self._reading:
-                    while len(self._open) >= self._keep:
-                        os.close(self._open.popitem(last=False)[1])
-                handle = self._open[path] = os.open(f"{self.location}/{path}", os.O_RDONLY)
+            entry = self._open.get(key)
+            if entry is None:
+                self._make_room()
+                entry = self._open[key] = _Open(_open_regular(path))
             else:
-                self._open.move_to_end(path)
-            self._reading += 1
-            return handle
+                self._open.move_to_end(key)
+            entry.users += 1
+        try:
+            yield entry.handle
+        finally:
+            with self._lock:
+                entry.users -= 1
+                if entry.doomed and entry.users <= 0:
+                    os.close(entry.handle)
 
-    def _release(self) -> None:
+    def close(self, owner: int) -> None:
+        """Close an owner's files."""
         with self._lock:
-            self._reading -= 1
+            for key in [key for key in list(self._open) if key[0] == owner]:
+                self._drop(key)
+
+    def _make_room(self) -> None:
+        if not self._most:
+            allow_many_open_files()
+            self._most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        idle = (key for key, entry in list(self._open.items()) if not entry.users)
+        while len(self._open) >= self._most and (key := next(idle, None)) is not None:
+            self._drop(key)
+
+    def _drop(self, key: tuple[int, str]) -> None:
+        entry = self._open.pop(key, None)
+        if entry is None:
+            return
+        if entry.users:
+            entry.doomed = True
+        else:
+            os.close(entry.handle)
 
 
-class _Renew:
-    """After a fork: a lock held by a thread that is not in the child would never be released."""
+_open_files = _OpenFiles()
+os.register_at_fork(after_in_child=_open_files.renew)
 
-    def __init__(self, files: LocalFiles) -> None:
-        self._files = weakref.ref(files)
 
-    def __call__(self) -> None:
-        files = self._files()
-        if files is not None:
-            files._lock, files._reading = threading.Lock(), 0
+def _open_regular(path: str) -> int:
+    """Open a file for reading; ``CacheDamaged`` for folders, pipes and devices, which would hang or lead elsewhere."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except NotADirectoryError as problem:
+        raise FileNotFoundError(path) from problem
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CacheDamaged(f"{path} is no file", expected="a file", found="a folder, pipe or device", fix=REDO)
+    return handle
 
 
 def _touching(offsets: Sequence[int], out: Sequence[memoryview]) -> Iterator[tuple[int, int]]:

@@ -50,6 +50,8 @@ def write_lock(folder: Path, command: str, *, unlock: bool = False) -> Iterator[
     handle, alive = _take(path)
     try:
         owner = _read_owner(handle)
+        if alive is None:  # a file system without locks: the name is all there is
+            alive = owner is not None and owner.host == socket.gethostname() and Path(f"/proc/{owner.process}").exists()
         if alive or (owner is not None and owner.host != socket.gethostname() and not unlock):
             raise CacheLocked(
                 f"another run is writing the cache {folder}",
@@ -71,7 +73,8 @@ def write_lock(folder: Path, command: str, *, unlock: bool = False) -> Iterator[
             yield
         finally:
             with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+                if os.path.samestat(os.fstat(handle), path.stat()) and _read_owner(handle) == mine:
+                    path.unlink()  # and not one that --unlock has given to somebody else
     finally:
         os.close(handle)
 
@@ -79,8 +82,8 @@ def write_lock(folder: Path, command: str, *, unlock: bool = False) -> Iterator[
 def lock_owner(folder: Path) -> LockOwner | None:
     """Who holds (or left) the lock of a cache; None when there is none."""
     try:
-        handle = os.open(folder / LOCK_NAME, os.O_RDONLY)
-    except FileNotFoundError:
+        handle = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
         return None
     try:
         return _read_owner(handle)
@@ -88,11 +91,14 @@ def lock_owner(folder: Path) -> LockOwner | None:
         os.close(handle)
 
 
-def _take(path: Path) -> tuple[int, bool]:
-    """Open the lock file and lock it; says whether somebody else on this machine holds it."""
+def _take(path: Path) -> tuple[int, bool | None]:
+    """Open the lock file and lock it; says whether somebody else on this machine holds it, None: nobody can say."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        alive = not _flock(handle)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        except IsADirectoryError as problem:
+            raise CacheLocked(f"{path} is a folder", expected="a lock file or none", fix="remove it") from problem
+        alive = _held_by_another(handle)
         try:
             if alive or os.path.samestat(os.fstat(handle), path.stat()):
                 return handle, alive
@@ -101,21 +107,26 @@ def _take(path: Path) -> tuple[int, bool]:
         os.close(handle)  # its owner finished and removed it in between: what was locked is no longer the lock
 
 
-def _flock(handle: int) -> bool:
-    """Whether this process now holds the file's lock; a file system without locks says yes."""
+def _held_by_another(handle: int) -> bool | None:
+    """Lock the file; True when another process has done so, None where the file system cannot lock."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    except OSError:  # this file system cannot lock; the owner's name is all there is
         return True
-    return True
+    except OSError:
+        return None
+    return False
 
 
 def _read_owner(handle: int) -> LockOwner | None:
     try:
         return LockOwner.model_validate(json.loads(os.pread(handle, 4096, 0)))
-    except (ValidationError, ValueError):  # empty: its writer died between making and naming it
+    except (
+        OSError,
+        ValidationError,
+        ValueError,
+        RecursionError,
+    ):  # empty: its writer died between making and naming it
         return None
 
 

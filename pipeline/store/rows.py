@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,10 @@ class StoredRows:
         check: Check,
         threads: int,
     ) -> None:
+        if check not in get_args(Check):
+            raise InputError(
+                "there is no such way to check rows", expected=", ".join(get_args(Check)), found=str(check)
+            )
         self._files, self._manifest, self._commits = files, manifest, commits
         self._check = check
         self._threads = threads if isinstance(files, LocalFiles) else max(threads, _REQUESTS_AT_ONCE)
@@ -196,7 +200,7 @@ class StoredRows:
 
     def _load(self, wanted: set[tuple[str, int]]) -> None:
         """Read the indices that are not known yet; side by side where each costs a request."""
-        missing = sorted(wanted - self._indices.keys())
+        missing = sorted(key for key in wanted if key not in self._indices)
         if len(missing) > 1 and not isinstance(self._files, LocalFiles):
             found = self._workers().map(self._index, missing)
         else:

@@ -149,7 +149,8 @@ def parse_index(tail: bytes, file_size: int, slots: int, path: str) -> NDArray[n
     if crc32c(tail[:-CRC_BYTES]) != tail[-CRC_BYTES:]:
         raise CacheDamaged(f"{path}: the shard index fails its checksum", found="other bytes than written", fix=REDO)
     index: NDArray[np.uint64] = np.frombuffer(tail[:-CRC_BYTES], dtype="<u8").reshape(slots, 2)
-    end = index.sum(axis=1)[index[:, 0] != EMPTY]
-    if len(end) and int(end.max()) > file_size - length:
+    offset, nbytes = index[index[:, 0] != EMPTY].T
+    payload_end = file_size - length  # no sums: a foreign index may overflow them
+    if ((offset > payload_end) | (nbytes < CRC_BYTES) | (nbytes > payload_end - np.minimum(offset, payload_end))).any():
         raise CacheDamaged(f"{path}: the shard index points outside the file", fix=REDO)
     return index

@@ -45,53 +45,58 @@ def shard_statistics(
 ) -> ShardStatistics:
     """Summary of a shard's tokens as a reader gets them, and how far they are from what the codec was given.
 
+    Over tokens whose every channel is finite. Channels that do not vary have no part in ``codec_rms_error``.
+
     Args:
         codec: the cache's.
         given_NVGD: float32, what ``codec.encode`` took.
         stored: what it gave.
     """
-    valid = np.zeros(len(given_NVGD), dtype=bool)
-    lowest, highest, largest_error, non_finite = np.inf, -np.inf, 0.0, 0
-    dim = given_NVGD.shape[-1]
-    error_D, total_D, square_D = (torch.zeros(dim, dtype=torch.float64) for _ in range(3))
-    norm, tokens, count = 0.0, 0, 0
+    valid, non_finite = np.zeros(len(given_NVGD), dtype=bool), 0
+    lowest, highest, largest_error, norms, tokens = np.inf, -np.inf, 0.0, 0.0, 0
+    shift_D: torch.Tensor | None = None  # near the mean: the spread of a channel far from 0 would drown in rounding
+    error_D, read_D, read_squares_D, given_D, given_squares_D = torch.zeros(5, given_NVGD.shape[-1]).double()
     for row, given_VGD in enumerate(given_NVGD):  # a row at a time stays in the CPU's cache
         read_VGD = codec.decode(as_tensors({name: array[row : row + 1] for name, array in stored.items()}))[0]
         finite_VGD = torch.isfinite(read_VGD)
-        valid[row] = bool(finite_VGD.all())
+        there_VG = finite_VGD.all(dim=-1)
+        valid[row] = bool(there_VG.all())
+        read_ND, given_ND = read_VGD.flatten(0, 1), given_VGD.flatten(0, 1)
         if not valid[row]:
             non_finite += int((~finite_VGD).sum())
-            count_row = int(finite_VGD.sum())
-            error_VGD = torch.where(finite_VGD & torch.isfinite(given_VGD), read_VGD - given_VGD, 0.0)
-            values = read_VGD[finite_VGD]
-            read_VGD = torch.where(finite_VGD, read_VGD, 0.0)
-        else:
-            count_row, error_VGD, values = read_VGD.numel(), read_VGD - given_VGD, read_VGD
-        if values.numel():
-            low, high = values.aminmax()
-            lowest, highest = min(lowest, float(low)), max(highest, float(high))
-            if max(abs(lowest), abs(highest)) > _SQUARE_FITS_FLOAT32:
-                read_VGD, error_VGD = read_VGD.double(), error_VGD.double()
-        largest_error = max(largest_error, float(error_VGD.abs().max()))
-        error_D += error_VGD.square().sum(dim=(0, 1))
-        total_D += read_VGD.sum(dim=(0, 1))
-        square_D += read_VGD.square().sum(dim=(0, 1))
-        norm += float(read_VGD.norm(dim=-1).sum())
-        tokens, count = tokens + read_VGD[..., 0].numel(), count + count_row
-    if count == 0:
-        lowest = highest = 0.0
-    per_channel = max(count / dim, 1.0)
-    variance_D = (square_D / per_channel - (total_D / per_channel) ** 2).clamp(min=0)
+            read_ND, given_ND = read_VGD[there_VG], given_VGD[there_VG]
+        if not len(read_ND):
+            continue
+        low, high = (float(value) for value in read_ND.aminmax())
+        lowest, highest = min(lowest, low), max(highest, high)
+        if max(-low, high) > _SQUARE_FITS_FLOAT32:
+            read_ND, given_ND = read_ND.double(), given_ND.double()
+        if shift_D is None:
+            shift_D = given_ND.double().mean(dim=0).to(given_ND.dtype)
+        error_ND = read_ND - given_ND
+        largest_error = max(largest_error, float(error_ND.abs().max()))
+        error_D += error_ND.square().sum(dim=0)
+        for values_ND, total_D, square_D in (
+            (read_ND - shift_D, read_D, read_squares_D),
+            (given_ND - shift_D, given_D, given_squares_D),
+        ):
+            total_D += values_ND.sum(dim=0)
+            square_D += values_ND.square().sum(dim=0)
+        norms += float(read_ND.norm(dim=-1).sum())
+        tokens += len(read_ND)
+    count = max(tokens, 1)
+    variance_D = (given_squares_D / count - (given_D / count) ** 2).clamp(min=0)
     varies_D = variance_D > 0
-    relative_D = (error_D / per_channel)[varies_D] / variance_D[varies_D]
-    mean = float(total_D.sum()) / max(count, 1)
+    relative_D = (error_D / count)[varies_D] / variance_D[varies_D]
+    mean_D = read_D / count + (0.0 if shift_D is None else shift_D)
+    spread_D = (read_squares_D / count - (read_D / count) ** 2).clamp(min=0)
     return ShardStatistics(
-        min=lowest,
-        max=highest,
-        mean_norm=norm / max(tokens, 1),
+        min=lowest if tokens else None,
+        max=highest if tokens else None,
+        mean_norm=norms / count,
         non_finite=non_finite,
-        mean=mean,
-        std=max(float(square_D.sum()) / max(count, 1) - mean**2, 0.0) ** 0.5,
+        mean=float(mean_D.mean()),
+        std=float((spread_D + (mean_D - mean_D.mean()) ** 2).mean().sqrt()),
         valid_rows=np.packbits(valid).tobytes().hex(),
         codec_max_error=largest_error,
         codec_rms_error=float(relative_D.mean().sqrt()) if len(relative_D) else 0.0,

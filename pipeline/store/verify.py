@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from geomcache.cache_schemas.errors import CacheDamaged, GeomcacheError
+from geomcache.cache_schemas.errors import GeomcacheError
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.cache_schemas.layout import commit_path
 from geomcache.cache_schemas.manifest import Manifest, ShardCommit
@@ -44,7 +45,12 @@ class VerifyResult:
 
 
 def verify_cache(
-    path: Path, *, repair: bool, progress: Callable[[int, int], None], pack: tuple[str, int] | None = None
+    path: Path,
+    *,
+    repair: bool,
+    progress: Callable[[int, int], None],
+    pack: tuple[str, int] | None = None,
+    unlock: bool = False,
 ) -> VerifyResult:
     """Check every byte of the cache; with ``repair`` drop damaged shards so that extract redoes just those.
 
@@ -53,37 +59,43 @@ def verify_cache(
         repair: remove the records of damaged shards and write lost metadata again.
         progress: called with (shards done, shards).
         pack: digest and rows of the pack that the cache should cover.
+        unlock: with ``repair``, take over the write lock that a dead run on another machine left.
 
     Raises:
         CacheMissing, CacheDamaged, SchemaTooNew: the manifest cannot be read.
         CacheLocked: a writer is at work (only with ``repair``).
     """
-    with write_lock(path, "cache verify --repair") if repair else contextlib.nullcontext():
-        return _verify(path, repair, progress, pack)
+    manifest = open_manifest(path)  # first: a mistyped path must not get a lock file
+    lock = write_lock(path, "geomcache cache verify --repair", unlock=unlock) if repair else contextlib.nullcontext()
+    with lock:
+        return _verify(path, manifest, repair, progress, pack)
 
 
 def _verify(
-    path: Path, repair: bool, progress: Callable[[int, int], None], pack: tuple[str, int] | None
+    path: Path,
+    manifest: Manifest,
+    repair: bool,
+    progress: Callable[[int, int], None],
+    pack: tuple[str, int] | None,
 ) -> VerifyResult:
-    manifest, files = open_manifest(path), LocalFiles(path)
+    files = LocalFiles(path)
     damaged: dict[int, str] = {}
     commits = read_commits(files, manifest, on_error=lambda shard, problem: damaged.update({shard: problem.what}))
     wrong = wrong_metadata(files, manifest)
     bad_rows: dict[int, list[int]] = {}
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:  # hashing leaves the interpreter free
-        done = len(damaged)
-        for shard, problem in pool.map(lambda commit: _problem(files, manifest, commit), commits.values()):
+        checks = pool.map(lambda commit: _check(files, manifest, commit), commits.values())
+        for done, (commit, (problem, failing)) in enumerate(zip(commits.values(), checks, strict=True), 1):
             if problem is not None:
-                damaged[shard] = problem
-                bad_rows[shard] = _failing_rows(files, manifest, commits[shard])
-            done += 1
-            progress(done, len(commits) + len(damaged))
+                damaged[commit.shard] = problem
+                bad_rows[commit.shard] = failing
+            progress(done, len(commits))
     files.close()
     if repair:
         for name in wrong:
             write_atomic(path / name, zarr_metadata(manifest)[name])
         for shard in damaged:
-            (path / commit_path(shard)).unlink(missing_ok=True)
+            _remove(path / commit_path(shard))
     whole = [commit for shard, commit in commits.items() if shard not in damaged]
     return VerifyResult(
         shards=manifest.shards,
@@ -101,28 +113,38 @@ def _verify(
     )
 
 
-def _problem(files: LocalFiles, manifest: Manifest, commit: ShardCommit) -> tuple[int, str | None]:
-    """What is wrong with a shard. Its digest was taken while it was written, so equal digests mean equal bytes."""
+def _check(files: LocalFiles, manifest: Manifest, commit: ShardCommit) -> tuple[str | None, list[int]]:
+    """What is wrong with a shard, and which rows of the cache cannot be read.
+
+    The digest covers every byte, gaps too; the rows are read as any reader reads them.
+    """
+    problem, failing = None, []
     try:
         for name, array in manifest.arrays.items():
             index = load_index(files, manifest, commit, name, array)
             if digest_file(files.folder / index.path) != commit.digests[name]:
-                raise CacheDamaged(f"{files.folder / index.path}: its digest is not the committed one")
-    except GeomcacheError as problem:
-        return commit.shard, problem.what
-    return commit.shard, None
-
-
-def _failing_rows(files: LocalFiles, manifest: Manifest, commit: ShardCommit) -> list[int]:
-    """Rows of a damaged shard that cannot be read; empty when none can be told apart."""
+                problem = f"{files.folder / index.path}: its digest is not the committed one"
+    except (GeomcacheError, OSError) as found:  # an unreadable sector must not end the check of the others
+        return _words(found), []
     reader = StoredRows(files, manifest, {commit.shard: commit}, "every", 1)
-    failing = []
     for row in range(commit.first_row, commit.first_row + commit.rows):
         try:
             reader.read([row])
-        except GeomcacheError:
+        except (GeomcacheError, OSError) as found:
+            problem = problem or _words(found)
             failing.append(row)
-    return failing
+    return problem, failing
+
+
+def _words(problem: GeomcacheError | OSError) -> str:
+    return problem.what if isinstance(problem, GeomcacheError) else str(problem)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _invalid_rows(commit: ShardCommit) -> int:

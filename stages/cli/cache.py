@@ -73,23 +73,34 @@ def info(
 
 @app.command("verify")
 def verify(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(help="Folder of the cache; not a URL: check the copy it was made from.")],
     repair: Annotated[
         bool, typer.Option("--repair", help="Drop damaged shards; extract then redoes just those.")
     ] = False,
     pack: Annotated[Path | None, typer.Option(help="Also compare with this pack: is every row of it covered?")] = None,
+    unlock: UnlockOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check every byte of a cache: structure, checksums, digests. Exit 1 when something is missing or damaged."""
+    from geomcache.cache_schemas.errors import InputError
     from geomcache.pipeline.pack.reader import PackReader
+    from geomcache.pipeline.store.objects import is_remote
     from geomcache.pipeline.store.verify import verify_cache
+
+    if is_remote(cache):
+        raise InputError(
+            "verify reads a folder",
+            expected="a path",
+            found=cache,
+            fix="verify before copying it there; every read of a row from a URL is checked",
+        )
 
     covered = None
     if pack is not None:
         with PackReader(pack) as reader:
             covered = reader.info.digest, len(reader)
     with progress_bar("verifying shards") as progress:
-        result = verify_cache(cache, repair=repair, progress=progress, pack=covered)
+        result = verify_cache(Path(cache), repair=repair, progress=progress, pack=covered, unlock=unlock)
     show_values(
         {
             "shards": result.shards,
@@ -148,7 +159,7 @@ app.command("diff")(cache_look.diff)
 app.command("bench")(cache_bench.bench)
 
 
-def _advice(result: "VerifyResult", cache: Path, repair: bool) -> str:
+def _advice(result: "VerifyResult", cache: str, repair: bool) -> str:
     if result.pack not in ("matches", "not compared"):
         return f"this cache was not made from that pack: {result.pack}"
     first = f"first `geomcache cache verify {cache} --repair`, then " if not repair else ""

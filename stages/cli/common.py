@@ -116,9 +116,10 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table on standard output."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*columns, title=Text(title), title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # names may hold brackets, which are markup to rich
     # A pipe has no width; a table that is cut there would be useless.
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table)

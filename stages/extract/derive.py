@@ -11,7 +11,7 @@ from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.layout import shard_rows
 from geomcache.cache_schemas.manifest import Manifest, TokenRecipe
-from geomcache.cache_schemas.token_spec import ChannelStatistics, TokenSpec
+from geomcache.cache_schemas.token_spec import ChannelStatistics
 from geomcache.pipeline import plugins
 from geomcache.pipeline.files import write_config
 from geomcache.pipeline.store.card import data_card
@@ -22,7 +22,7 @@ from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.pipeline.store.statistics import STATISTICS_ROWS, channel_statistics, even_rows, shard_statistics
 from geomcache.pipeline.store.writer import commit_shard, create_or_open, require_same, standing_manifest
 from geomcache.pipeline.tokens import StoredForm, stored_digest
-from geomcache.stages.extract.plan import new_manifest, statistics_of
+from geomcache.stages.extract.plan import new_manifest, refuse_unused_statistics, statistics_of
 
 
 class DeriveConfig(Schema):
@@ -113,7 +113,9 @@ def _plan(config: DeriveConfig, source: CachedTokens) -> Manifest:
     update = {"source_codec": spec.codec, "codec": config.codec or "fp32", "pooled_to": config.pool}
     new = spec.model_copy(update=update)
     if config.pool is not None or plugins.load("codec", new.codec).needs_statistics:
-        new = new.model_copy(update={"channel_statistics": _statistics(config, new, source)})
+        new = new.model_copy(update={"channel_statistics": _statistics(config, source)})
+    else:
+        refuse_unused_statistics(config.statistics_from, new)
     encoder_config = stored_digest(parent.fingerprint.encoder_config, new)
     fingerprint = parent.fingerprint.model_copy(update={"encoder_config": encoder_config})
     recipe: TokenRecipe = parent.model_copy(update={"spec": new, "fingerprint": fingerprint})
@@ -124,9 +126,9 @@ def _plan(config: DeriveConfig, source: CachedTokens) -> Manifest:
     return manifest
 
 
-def _statistics(config: DeriveConfig, spec: TokenSpec, source: CachedTokens) -> ChannelStatistics:
+def _statistics(config: DeriveConfig, source: CachedTokens) -> ChannelStatistics:
     if config.statistics_from is not None:
-        return statistics_of(spec, config.statistics_from)
+        return statistics_of(source.recipe, config.statistics_from)
     standing = standing_manifest(config.out)
     if standing is not None and standing.recipe.spec.channel_statistics is not None:
         return standing.recipe.spec.channel_statistics  # require_same tells whether the rest is the same
@@ -138,7 +140,7 @@ def _derive_shard(out: Path, manifest: Manifest, form: StoredForm, source: Cache
     started = time.perf_counter()
     tokens = source.tokens(shard_rows(shard, manifest.rows, manifest.rows_per_shard))
     read = time.perf_counter()
-    given = form.prepare(tokens)  # its trip through the source's codec changes nothing: they have made it before
+    given = form.prepare(tokens, from_source=True)
     stored = form.codec.encode(given)
     statistics = shard_statistics(form.codec, given, stored)
     seconds = {"read": read - started, "encode": time.perf_counter() - read}

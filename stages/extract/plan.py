@@ -64,13 +64,8 @@ def make_plan(config: ExtractConfig) -> ExtractPlan:
             statistics = _statistics(config, recipe, pack, device)
             storage = {**recipe.spec.storage, "channel_statistics": statistics}
             recipe = token_recipe(encoder, pack.info.contract, pack.info.digest, **storage)
-        elif config.statistics_from is not None:
-            raise InputError(
-                "statistics_from has no meaning here",
-                expected="codec int8 or pooled tokens",
-                found=f"codec {recipe.spec.codec}",
-                fix="leave statistics_from out",
-            )
+        else:
+            refuse_unused_statistics(config.statistics_from, recipe.spec)
         rows, rows_per_shard = len(pack), pack.info.request.rows_per_shard
     return plan_with(config, new_manifest(recipe, rows, rows_per_shard), device)
 
@@ -102,26 +97,49 @@ def begin(plan: ExtractPlan) -> ExtractPlan:
 
 def _statistics(config: ExtractConfig, recipe: TokenRecipe, pack: PackReader, device: str) -> ChannelStatistics:
     if config.statistics_from is not None:
-        return statistics_of(recipe.spec, config.statistics_from)
+        return statistics_of(recipe, config.statistics_from)
     standing = standing_manifest(config.out)
-    if standing is not None and standing.recipe.spec.channel_statistics is not None:
-        return standing.recipe.spec.channel_statistics  # a run that goes on keeps what it began with
+    if standing is not None:  # a run that goes on keeps what it began with
+        found = standing.recipe.spec.channel_statistics
+        if found is None:
+            raise InputError(
+                f"{config.out} holds a cache of something else",
+                expected=f"codec {recipe.spec.codec}, pooled to {recipe.spec.pooled_to}",
+                found=f"codec {standing.recipe.spec.codec}, pooled to {standing.recipe.spec.pooled_to}",
+                fix="choose another --out, or delete this folder if it is not needed",
+            )
+        return found
     return sample_statistics(config.pack, recipe, len(pack), device, config.ray_address)
 
 
-def statistics_of(wanted: TokenSpec, where: str) -> ChannelStatistics:
+def statistics_of(wanted: TokenRecipe, where: str) -> ChannelStatistics:
     """The channel statistics of the cache at ``where``.
 
     Raises:
         InputError: it has none, or they are of other tokens than ``wanted`` says.
     """
-    found = open_manifest(where).recipe.spec
-    differences = wanted.full.model_copy(update={"codec": found.full.codec}).describe_difference(found.full)
-    if found.channel_statistics is None or differences:
+    recipe = open_manifest(where).recipe
+    mine, theirs = (each.spec.full.model_copy(update={"codec": "any"}) for each in (wanted, recipe))
+    differences = mine.describe_difference(theirs)
+    for name in ("weights", "image_path"):
+        if getattr(wanted.fingerprint, name) != getattr(recipe.fingerprint, name):
+            differences.append(f"{name} of the encoder differ")
+    if recipe.spec.channel_statistics is None or differences:
         raise InputError(
             f"the channel statistics of {where} do not fit",
             expected="a pooled or int8 cache of the same encoder",
             found="; ".join(differences) or "a cache without channel statistics",
             fix="name another cache, or leave statistics_from out",
         )
-    return found.channel_statistics
+    return recipe.spec.channel_statistics
+
+
+def refuse_unused_statistics(statistics_from: str | None, spec: TokenSpec) -> None:
+    """``InputError`` when channel statistics are named for tokens that have no use for them."""
+    if statistics_from is not None:
+        raise InputError(
+            "statistics_from has no meaning here",
+            expected="codec int8 or pooled tokens",
+            found=f"codec {spec.codec}",
+            fix="leave statistics_from out",
+        )

@@ -49,7 +49,9 @@ class TokenFeed:
         self._data, self._device, self._codec = data, device, data.codec
         pinned = device.type == "cuda"
         self._free: queue.Queue[_Slot] = queue.Queue()
-        self._ready: queue.Queue[_Slot | BaseException | None] = queue.Queue()
+        self._ready: queue.Queue[_Slot | BaseException] = queue.Queue()
+        self._ended: BaseException | None = None
+        self._batch_size = batch_size
         for _ in range(_DEPTH):
             buffers = {name: torch.from_numpy(array) for name, array in data.token_buffers(batch_size).items()}
             self._free.put(_Slot({n: t.pin_memory() if pinned else t for n, t in buffers.items()}))
@@ -61,10 +63,9 @@ class TokenFeed:
         return self
 
     def __next__(self) -> torch.Tensor:
-        slot = self._ready.get()
-        if slot is None:
-            raise StopIteration
+        slot = self._ended if self._ended is not None else self._ready.get()
         if isinstance(slot, BaseException):
+            self._ended = slot  # asked again, it says so again
             raise slot
         moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in slot.tensors.items()}
         tokens = self._codec.decode(moved)
@@ -72,7 +73,7 @@ class TokenFeed:
             tokens = tokens[slot.inverse.to(self._device)]
         if self._device.type == "cuda":
             slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            slot.copied.record()
+            slot.copied.record(torch.cuda.current_stream(self._device))
         self._free.put(slot)
         return tokens
 
@@ -90,6 +91,7 @@ class TokenFeed:
     def _read_ahead(self, batches: Any) -> None:
         try:
             for rows in batches:
+                assert len(rows) == self._batch_size, (len(rows), self._batch_size)
                 slot = self._next_free()
                 if slot is None:
                     return
@@ -98,7 +100,7 @@ class TokenFeed:
                 arrays = {name: tensor.numpy() for name, tensor in slot.tensors.items()}
                 slot.inverse = self._data.read_tokens(rows, arrays)
                 self._ready.put(slot)
-            self._ready.put(None)
+            self._ready.put(StopIteration())
         except BaseException as problem:  # noqa: BLE001 - handed to the thread that asked, which raises it
             self._ready.put(problem)
 

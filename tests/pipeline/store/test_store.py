@@ -15,6 +15,7 @@ import zarr
 from geomcache.cache_schemas.errors import (
     CacheDamaged,
     CacheIncomplete,
+    CacheLocked,
     CacheMissing,
     CacheStale,
     InputError,
@@ -22,6 +23,8 @@ from geomcache.cache_schemas.errors import (
 )
 from geomcache.cache_schemas.layout import commit_path
 from geomcache.pipeline.files import temporary_name
+from geomcache.pipeline.pack.reader import PackReader
+from geomcache.pipeline.store.lock import write_lock
 from geomcache.pipeline.store.reader import CachedTokens, open_manifest
 from geomcache.pipeline.store.shard_file import crc32c
 from geomcache.pipeline.store.verify import verify_cache
@@ -222,3 +225,48 @@ def test_the_same_weights_in_another_folder_are_the_same_cache(
     stored = extract_without_ray(config.pack, "depth_anything3", tmp_path / "here", weights=None)
     moved = config.model_copy(update={"out": stored, "encoder_config": {**config.encoder_config, "seed": 12}})
     assert make_plan(moved).remaining == ()
+
+
+def test_verify_tells_whether_the_pack_is_covered(cache: Path, pack_path: Path) -> None:
+    with PackReader(pack_path) as pack:
+        digest, rows = pack.info.digest, len(pack)
+    for pack, found in (
+        ((digest, rows), "matches"),
+        ((digest, 26), "26 rows in the pack"),
+        (("0" * 64, rows), "another"),
+    ):
+        result = verify_cache(cache, repair=False, progress=nothing, pack=pack)
+        assert result.pack.startswith(found)
+        assert result.complete == (found == "matches")
+
+
+def test_verify_names_the_rows_and_repair_refuses_while_somebody_writes(cache: Path, tmp_path: Path) -> None:
+    shard = cache / "tokens/c/1/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[1100] ^= 1  # the second row: 1,024 bytes and a checksum each
+    shard.write_bytes(data)
+    assert verify_cache(cache, repair=False, progress=nothing).bad_rows == {1: [9]}
+    with write_lock(cache, "geomcache extract"), pytest.raises(CacheLocked, match="geomcache extract"):
+        verify_cache(cache, repair=True, progress=nothing)
+    with pytest.raises(CacheMissing):
+        verify_cache(tmp_path / "mistyped", repair=True, progress=nothing)
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_rows_are_checked_as_asked(cache: Path) -> None:
+    """Every time, the first time, never: told by a row that changes under an open reader."""
+    readers = {check: CachedTokens(cache, check=check) for check in ("every", "first", "off")}
+    truth = readers["every"].tokens([9])
+    assert torch.equal(readers["first"].tokens([9]), truth)
+    shard = cache / "tokens/c/1/0/0/0"
+    with shard.open("r+b") as file:
+        file.seek(1101)
+        byte = file.read(1)[0]
+        file.seek(1101)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(CacheDamaged):
+        readers["every"].tokens([9])
+    assert not torch.equal(readers["first"].tokens([9]), truth)
+    assert not torch.equal(readers["off"].tokens([9]), truth)
+    with pytest.raises(InputError, match="every, first, off"):
+        CachedTokens(cache, check="evry")  # type: ignore[arg-type]

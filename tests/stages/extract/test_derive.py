@@ -11,6 +11,7 @@ from geomcache.cache_schemas.errors import CacheStale, ConfigError, InputError
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.pooling import pool_tokens
 from geomcache.pipeline.store.reader import CachedTokens
+from geomcache.pipeline.store.verify import verify_cache
 from geomcache.stages.evaluate.live_policy import build_live_tokens
 from geomcache.stages.extract.derive import DeriveConfig, derive
 from geomcache.stages.train.building import require_fitting_tokens
@@ -127,3 +128,42 @@ def test_other_zarr_readers_agree_on_every_form(
             assert (zarr.open_group(str(out), mode="r")[name][:] == ours).all()
             store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(out / name)}}
             assert (tensorstore.open(store, open=True).result().read().result() == ours).all()
+
+
+def test_statistics_of_another_encoder_and_useless_ones_are_refused(
+    pack_path: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    other = extract_without_ray(pack_path, "depth_anything3", tmp_path / "other", codec="int8", seed=9)
+    with pytest.raises(InputError, match="weights of the encoder differ"):
+        extract_without_ray(pack_path, "depth_anything3", tmp_path / "c", codec="int8", statistics_from=str(other))
+    full = str(caches["depth_anything3"])
+    with pytest.raises(InputError, match="a cache without channel statistics"):
+        extract_without_ray(pack_path, "depth_anything3", tmp_path / "c", codec="int8", statistics_from=full)
+    with pytest.raises(InputError, match="no meaning here"):
+        derive(DeriveConfig(cache=full, out=tmp_path / "c", codec="lossless", statistics_from=str(other)), nothing)
+    with pytest.raises(InputError, match="holds a cache of something else"):
+        extract_without_ray(pack_path, "depth_anything3", Path(full), codec="int8")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("way", ["extract", "derive"])
+def test_a_run_that_goes_on_keeps_the_statistics_it_began_with(
+    pack_path: Path, caches: dict[str, Path], tmp_path: Path, way: str
+) -> None:
+    """They came from another cache first; the second command does not name it, and must not mix two scales."""
+    first = extract_without_ray(pack_path, "depth_anything3", tmp_path / "first", codec="int8")
+    config = DeriveConfig(cache=str(caches["depth_anything3"]), out=tmp_path / "c", codec="int8")
+    again = config.model_copy(update={"statistics_from": str(first)})
+    if way == "derive":
+        derive(again, nothing)
+    else:
+        extract_without_ray(pack_path, "depth_anything3", config.out, codec="int8", statistics_from=str(first))
+    began_with = CachedTokens(config.out).spec.channel_statistics
+    assert began_with == CachedTokens(first).spec.channel_statistics
+    (config.out / "commits/000002.json").unlink()
+    if way == "derive":
+        assert derive(config, nothing).shards_done_before == 3
+    else:
+        extract_without_ray(pack_path, "depth_anything3", config.out, codec="int8")
+    assert CachedTokens(config.out).spec.channel_statistics == began_with
+    assert verify_cache(config.out, repair=False, progress=nothing).complete

@@ -1,14 +1,18 @@
 """Training on K pooled tokens equals training on all of them, for the compressors that say so and for no others."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from geomcache.cache_schemas.errors import ConfigError
+from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
 from geomcache.pipeline.pooling import pool_tokens
 from geomcache.stages.train.batch import GeomTokens
 from geomcache.stages.train.building import seeded
+from geomcache.stages.train.policy import PolicyConfig, PolicyNet
 
 DIM, CONTEXT, BLOCKS, K = 64, 32, 3, 16
 NAMES = [name for name in plugins.names("compressor") if name != "none"]
@@ -84,3 +88,56 @@ def test_the_others_would_train_something_else(name: str) -> None:
         compress(build(name, 1, K), pool_tokens(tokens_BVGD, K)),
     )
     assert (found.geom_LBKC - expected.geom_LBKC).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("compressor", ["pool", "per_layer"])
+def test_a_policy_gives_the_same_loss_from_the_full_and_from_the_pooled_tokens(
+    spec: TokenSpec, small_vlm: dict[str, Any], make_batch: Any, compressor: str
+) -> None:
+    """The whole way that a user's training goes: spec, standardising, masks, compressor, DiT."""
+    losses = []
+    for stored in (spec, spec.model_copy(update={"pooled_to": 5})):
+        policy = _policy(stored, small_vlm, compressor)
+        batch = make_batch(policy)
+        tokens = batch.tokens_BVGD.clone()
+        tokens[1, 0, 2] = float("nan")  # no token there
+        if stored.pooled_to is not None:
+            tokens = pool_tokens(tokens, 5)
+        losses.append(policy(replace(batch, tokens_BVGD=tokens), torch.Generator().manual_seed(0)).loss)
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("compressor", ["qformer", "gated"])
+def test_a_policy_that_looks_at_single_tokens_is_not_built_on_a_pooled_cache(
+    spec: TokenSpec, small_vlm: dict[str, Any], compressor: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"compressor '{compressor}' reads every token"):
+        _policy(spec.model_copy(update={"pooled_to": 5}), small_vlm, compressor)
+    with pytest.raises(ConfigError, match="geom_dit_tokens=4"):
+        _policy(spec.model_copy(update={"pooled_to": 4}), small_vlm, "pool")
+
+
+@pytest.mark.parametrize("compressor", ["pool", "per_layer", "qformer", "gated"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_is_no_token(
+    spec: TokenSpec, small_vlm: dict[str, Any], make_batch: Any, compressor: str, bad: float
+) -> None:
+    """An encoder's hole must neither make the loss NaN nor change it by its value."""
+    policy = _policy(spec, small_vlm, compressor)
+    batch = make_batch(policy)
+    mask = torch.ones(3, 2, 6, dtype=torch.bool)
+    mask[1, 0, 2] = False
+    tokens = batch.tokens_BVGD.clone()
+    tokens[1, 0, 2, 3] = bad
+    losses = [
+        policy(each, torch.Generator().manual_seed(0)).loss
+        for each in (replace(batch, tokens_BVGD=tokens), replace(batch, token_mask_BVG=mask))
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert losses[0].isfinite()
+
+
+def _policy(spec: TokenSpec, small_vlm: dict[str, Any], compressor: str) -> PolicyNet:
+    dit = {"width": 32, "heads": 2, "blocks": 2, "future_tokens": 2, "horizon": 4}
+    config = {"backbone": {"config": small_vlm}, "dit": dit, "geom_compression_type": compressor, "geom_dit_tokens": 5}
+    return PolicyNet(PolicyConfig.model_validate(config), spec, torch.full((5,), 0.5), torch.full((5,), 2.0))
