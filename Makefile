@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 QUICKSTART ?= quickstart/quickstart
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install system quickstart test lint types unit bench demo-table clean
+.PHONY: help install system quickstart test lint types unit bench demo-table torture clean
 
 help:
 	@echo "make quickstart   the whole chain at tiny size in the real simulator (QUICKSTART=quickstart/smallest: less)"
 	@echo "make test         lint, types, tests"
 	@echo "make install      only .venv"
+	@echo "make torture      the cache's fault tests at length; counts are written to runs/torture"
 	@echo "make bench        the benchmarks; figures are written to runs/benchmarks"
 	@echo "make demo-table   the scripted expert on all 50 shipped states of its 20 tasks (hours) -> docs/demo_table.md"
 
@@ -59,6 +60,9 @@ bench: install
 
 demo-table: install
 	$(BIN)/python benchmarks/demo_table.py --states 50 --noise 0 0.1 --out docs/demo_table.md
+
+torture: install
+	$(BIN)/pytest -q tests/faults --torture
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,9 @@
 """The base of everything that is written to disk as JSON: frozen, strict, comparable, sealed where it matters."""
 
 import hashlib
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -64,18 +66,42 @@ def unseal(data: bytes, where: str, error: type[GeomcacheError]) -> bytes:
     return text
 
 
-def read_limited(path: Path, error: type[GeomcacheError]) -> bytes:
-    """A small file's bytes; ``error`` when it is far too large to be one of ours."""
-    with path.open("rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
+def open_regular(path: str, error: type[GeomcacheError]) -> int:
+    """A descriptor of a file to read; ``error`` for folders, pipes and devices, which would crash or hang a reader.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except NotADirectoryError as problem:
+        raise FileNotFoundError(path) from problem
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         raise error(
-            f"{path} is too large to be a record of geomcache",
-            expected=f"at most {MAX_JSON_BYTES >> 20} MiB",
-            found=f"{path.stat().st_size:,} bytes",
-            fix="restore the file, or make it again with the command that wrote it",
+            f"{path} is no file",
+            expected="a file",
+            found="a folder, pipe or device",
+            fix="remove it, then restore the file or make it again with the command that wrote it",
         )
-    return data
+    return handle
+
+
+def read_limited(path: str, error: type[GeomcacheError]) -> bytes:
+    """A small file's bytes; ``error`` when it is no file, or far too large to be one of ours."""
+    handle = open_regular(path, error)
+    try:
+        size = os.fstat(handle).st_size
+        if size > MAX_JSON_BYTES:
+            raise error(
+                f"{path} is too large to be a record of geomcache",
+                expected=f"at most {MAX_JSON_BYTES >> 20} MiB",
+                found=f"{size:,} bytes",
+                fix="restore the file, or make it again with the command that wrote it",
+            )
+        return os.pread(handle, size, 0)
+    finally:
+        os.close(handle)
 
 
 class VersionedSchema(Schema):
@@ -92,7 +118,7 @@ class VersionedSchema(Schema):
             SchemaTooNew: a newer geomcache wrote it.
             error: it is no valid record; the field is named.
         """
-        return cls.parse_versioned(read_limited(path, error), str(path), error)
+        return cls.parse_versioned(read_limited(str(path), error), str(path), error)
 
     @classmethod
     def parse_versioned(cls, text: bytes, path: str, error: type[GeomcacheError]) -> Self:

@@ -12,6 +12,8 @@ from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.objects import ObjectStore
 from geomcache.pipeline.store.shard_file import REDO
 
+GROUP_ATTRIBUTES = {"geomcache": MANIFEST_NAME}
+
 
 def read_commits(
     files: LocalFiles | ObjectStore,
@@ -75,7 +77,7 @@ def _committed(folder: Path, manifest: Manifest) -> list[int]:
 
 def zarr_metadata(manifest: Manifest) -> dict[str, str]:
     """Path inside the store -> content of every zarr.json."""
-    documents = {"zarr.json": group_metadata({"geomcache": MANIFEST_NAME})}
+    documents = {"zarr.json": group_metadata(GROUP_ATTRIBUTES)}
     for name, array in manifest.arrays.items():
         documents[f"{name}/zarr.json"] = array_metadata(
             rows=manifest.rows,

@@ -5,10 +5,10 @@ Descriptors stay open, for all caches of the process together up to half of what
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
-import stat
 import threading
 import weakref
 from collections import OrderedDict
@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from geomcache.cache_schemas.base import MAX_JSON_BYTES
+from geomcache.cache_schemas.base import open_regular, read_limited
 from geomcache.cache_schemas.errors import CacheDamaged
 from geomcache.pipeline.files import allow_many_open_files
 from geomcache.pipeline.store.shard_file import REDO
 
 _MOST_BYTES, _MOST_BUFFERS = 8 << 20, 1024  # of one system call
+_FEWEST = 4  # descriptors that are kept open
 _owners = itertools.count()
 
 
@@ -40,19 +41,7 @@ class LocalFiles:
             FileNotFoundError: there is none.
             CacheDamaged: it is far too large to be one of ours, or no file at all.
         """
-        handle = _open_regular(f"{self.location}/{path}")
-        try:
-            size = os.fstat(handle).st_size
-            if size > MAX_JSON_BYTES:
-                raise CacheDamaged(
-                    f"{self.location}/{path} is too large to be a record of geomcache",
-                    expected=f"at most {MAX_JSON_BYTES >> 20} MiB",
-                    found=f"{size:,} bytes",
-                    fix=REDO,
-                )
-            return os.pread(handle, size, 0)
-        finally:
-            os.close(handle)
+        return read_limited(f"{self.location}/{path}", CacheDamaged)
 
     def read_many(self, paths: Sequence[str]) -> list[bytes | CacheDamaged | None]:
         """Small files: None where there is none, what is wrong where ``read`` would raise it."""
@@ -129,8 +118,7 @@ class _OpenFiles:
         with self._lock:
             entry = self._open.get(key)
             if entry is None:
-                self._make_room()
-                entry = self._open[key] = _Open(_open_regular(path))
+                entry = self._open[key] = self._new(path)
             else:
                 self._open.move_to_end(key)
             entry.users += 1
@@ -148,10 +136,21 @@ class _OpenFiles:
             for key in [key for key in list(self._open) if key[0] == owner]:
                 self._drop(key)
 
+    def _new(self, path: str) -> _Open:
+        self._make_room()
+        try:
+            return _Open(open_regular(path, CacheDamaged))
+        except OSError as problem:
+            if problem.errno != errno.EMFILE:
+                raise
+        self._most = max(_FEWEST, len(self._open) // 2)  # others in this process need descriptors too
+        self._make_room()
+        return _Open(open_regular(path, CacheDamaged))
+
     def _make_room(self) -> None:
         if not self._most:
             allow_many_open_files()
-            self._most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+            self._most = max(_FEWEST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         idle = (key for key, entry in list(self._open.items()) if not entry.users)
         while len(self._open) >= self._most and (key := next(idle, None)) is not None:
             self._drop(key)
@@ -168,18 +167,6 @@ class _OpenFiles:
 
 _open_files = _OpenFiles()
 os.register_at_fork(after_in_child=_open_files.renew)
-
-
-def _open_regular(path: str) -> int:
-    """Open a file for reading; ``CacheDamaged`` for folders, pipes and devices, which would hang or lead elsewhere."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except NotADirectoryError as problem:
-        raise FileNotFoundError(path) from problem
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise CacheDamaged(f"{path} is no file", expected="a file", found="a folder, pipe or device", fix=REDO)
-    return handle
 
 
 def _touching(offsets: Sequence[int], out: Sequence[memoryview]) -> Iterator[tuple[int, int]]:

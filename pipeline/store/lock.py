@@ -6,6 +6,7 @@ another machine needs ``--unlock``, because from here nobody can know.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -95,9 +96,13 @@ def _take(path: Path) -> tuple[int, bool | None]:
     """Open the lock file and lock it; says whether somebody else on this machine holds it, None: nobody can say."""
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-        except IsADirectoryError as problem:
-            raise CacheLocked(f"{path} is a folder", expected="a lock file or none", fix="remove it") from problem
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+        except OSError as problem:
+            if problem.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+                raise
+            raise CacheLocked(
+                f"{path} is no lock file", expected="a file or nothing", found="a folder, link or pipe", fix="remove it"
+            ) from problem
         alive = _held_by_another(handle)
         try:
             if alive or os.path.samestat(os.fstat(handle), path.stat()):

@@ -1,5 +1,6 @@
 """A cache opened for reading: its manifest, its commit records, and tokens by row number."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ class CachedTokens:
                 fix="run the same geomcache extract again; it continues with the missing shards",
             )
         self.codec = build_codec(self.spec)
+        self._process = os.getpid()
         self._rows = StoredRows(files, self.manifest, self.commits, check, threads)
 
     @property
@@ -127,6 +129,11 @@ class CachedTokens:
 
     def tokens(self, what: Sequence[int]) -> torch.Tensor:
         """Decoded tokens of rows ``what``: float32 [B, *spec.row_shape]; errors as ``read_into``."""
+        if os.getpid() != self._process:
+            # Forked: torch's OpenMP threads are not in the child, and GNU's OpenMP would wait for them for ever. One
+            # thread from now on, as torch's own DataLoader gives its workers.
+            torch.set_num_threads(1)
+            self._process = os.getpid()
         return self.codec.decode(as_tensors(self.arrays(what)))
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from geomcache.cache_schemas.errors import GeomcacheError
+from geomcache.cache_schemas.errors import CacheStale, GeomcacheError
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.cache_schemas.layout import commit_path
 from geomcache.cache_schemas.manifest import Manifest, ShardCommit
@@ -18,6 +18,7 @@ from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.lock import write_lock
 from geomcache.pipeline.store.reader import open_manifest
 from geomcache.pipeline.store.rows import StoredRows, load_index
+from geomcache.pipeline.store.writer import inside
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def verify_cache(
 
     Raises:
         CacheMissing, CacheDamaged, SchemaTooNew: the manifest cannot be read.
+        CacheStale: with ``repair``: the manifest belongs to another cache than all records.
         CacheLocked: a writer is at work (only with ``repair``).
     """
     manifest = open_manifest(path)  # first: a mistyped path must not get a lock file
@@ -80,7 +82,14 @@ def _verify(
 ) -> VerifyResult:
     files = LocalFiles(path)
     damaged: dict[int, str] = {}
-    commits = read_commits(files, manifest, on_error=lambda shard, problem: damaged.update({shard: problem.what}))
+    foreign: list[int] = []
+
+    def take(shard: int, problem: GeomcacheError) -> None:
+        damaged[shard] = problem.what
+        if isinstance(problem, CacheStale):
+            foreign.append(shard)
+
+    commits = read_commits(files, manifest, on_error=take)
     wrong = wrong_metadata(files, manifest)
     bad_rows: dict[int, list[int]] = {}
     with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:  # hashing leaves the interpreter free
@@ -92,10 +101,17 @@ def _verify(
             progress(done, len(commits))
     files.close()
     if repair:
+        if foreign and len(foreign) == len(commits) + len(damaged):
+            raise CacheStale(
+                f"no commit record of {path} belongs to its manifest",
+                expected=f"records of cache {manifest.recipe.fingerprint.cache_id}",
+                found="records of another cache: it is the manifest that is wrong, or everything",
+                fix="restore manifest.json; nothing was removed",
+            )
         for name in wrong:
-            write_atomic(path / name, zarr_metadata(manifest)[name])
+            write_atomic(inside(path, name), zarr_metadata(manifest)[name])
         for shard in damaged:
-            _remove(path / commit_path(shard))
+            _remove(inside(path, commit_path(shard)))
     whole = [commit for shard, commit in commits.items() if shard not in damaged]
     return VerifyResult(
         shards=manifest.shards,

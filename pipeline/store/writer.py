@@ -4,6 +4,7 @@ Order of a commit: every array's shard file (temporary name, fsync, rename, fsyn
 record the same way. A shard without a record does not exist; writing a shard twice gives the same bytes.
 """
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 
 from geomcache.cache_schemas.base import seal
 from geomcache.cache_schemas.errors import CacheDamaged, CacheStale
-from geomcache.cache_schemas.layout import commit_path, shard_path, shard_rows
+from geomcache.cache_schemas.layout import commit_path, group_metadata, shard_path, shard_rows
 from geomcache.cache_schemas.manifest import MANIFEST_NAME, Manifest, ShardCommit, ShardStatistics
 from geomcache.pipeline.files import TEMPORARY_SUFFIX, remove_leftovers, require_own_folder, write_atomic
-from geomcache.pipeline.store.commits import zarr_metadata
+from geomcache.pipeline.store.commits import GROUP_ATTRIBUTES, zarr_metadata
 from geomcache.pipeline.store.lock import LOCK_NAME
 from geomcache.pipeline.store.shard_file import write_shard
+
+CARD_NAME = "README.md"
 
 
 def standing_manifest(path: Path) -> Manifest | None:
@@ -40,14 +43,14 @@ def create_or_open(path: Path, manifest: Manifest, card: str) -> Manifest:
         CacheStale: a cache of another pack, encoder, weights or codec stands there; every difference is named.
     """
     standing = require_same(path, manifest)
+    remove_leftovers(path)
+    for name, text in zarr_metadata(manifest).items():  # before the manifest: with it, the cache can be opened
+        if not (path / name).exists():
+            write_atomic(inside(path, name), text)
     if standing is None:
         write_atomic(path / MANIFEST_NAME, seal(manifest))
-        write_atomic(path / "README.md", card)
-    else:
-        remove_leftovers(path)
-    for name, text in zarr_metadata(manifest).items():
-        if not (path / name).exists():  # also when an earlier run was stopped right here
-            write_atomic(path / name, text)
+    if not (path / CARD_NAME).exists():  # also when an earlier run was stopped right here
+        write_atomic(path / CARD_NAME, card)
     return standing or manifest
 
 
@@ -81,7 +84,7 @@ def commit_shard(
         array = arrays[name]
         assert array.shape == (len(rows), *spec.row_shape), (array.shape, spec)
         assert array.dtype == np.dtype(spec.dtype), (array.dtype, spec)
-        file = path / shard_path(name, shard, len(spec.row_shape))
+        file = inside(path, shard_path(name, shard, len(spec.row_shape)))
         written[name] = write_shard(file, array, manifest.rows_per_shard, compressed=spec.compression is not None)
     commit = ShardCommit(
         shard=shard,
@@ -94,11 +97,26 @@ def commit_shard(
         statistics=statistics,
         seconds={**seconds, "write": time.perf_counter() - started},
     )
-    write_atomic(path / commit_path(shard), seal(commit))
+    write_atomic(inside(path, commit_path(shard)), seal(commit))
     return commit
+
+
+def inside(cache: Path, name: str) -> Path:
+    """``cache/name``, to be written or removed; ``CacheDamaged`` when a link on the way leads out of the cache."""
+    path = cache / name
+    if not path.parent.resolve().is_relative_to(cache.resolve()):
+        raise CacheDamaged(
+            f"{path} would lie outside the cache",
+            expected="folders",
+            found=f"a link that leads to {path.parent.resolve()}",
+            fix="remove the link; to keep a cache on another disk, link its whole folder",
+        )
+    return path
 
 
 def _is_a_cache(folder: Path) -> bool:
     if (folder / MANIFEST_NAME).exists():
         return True
+    if (folder / "zarr.json").is_file():  # a creation that was stopped before the manifest
+        return (folder / "zarr.json").read_bytes() == json.dumps(group_metadata(GROUP_ATTRIBUTES), indent=2).encode()
     return all(entry.name == LOCK_NAME or entry.name.endswith(TEMPORARY_SUFFIX) for entry in folder.iterdir())
