@@ -168,7 +168,7 @@ class Geomcache(Engine):
     how = "CachedTokens.read_into as it comes"
 
     def open(self) -> None:
-        self._cache = CachedTokens(self.folder, check="every" if self.checked else "off")
+        self._cache = CachedTokens(self.folder, check="every" if self.checked else "never")
         self._cache.load_indices()
 
     def read(self, rows: NDArray[np.int64], out: Rows) -> None:

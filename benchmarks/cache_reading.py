@@ -26,7 +26,7 @@ class _Reads:
         self.out = {"tokens": np.ones((batch, *ROW), np.uint16)}
         self.readers = {
             (check, threads): CachedTokens(folder, check=check, threads=threads)
-            for check in ("every", "off")
+            for check in ("every", "never")
             for threads in (1, READ_THREADS)
         }
         self._raw = RawRows(self.readers["every", 1], LocalFiles(folder))
@@ -93,7 +93,7 @@ def measure_reading(folder: Path, rows: int, rounds: int, batch: int) -> dict[st
     worth = [name for name in zarr if tried[name] < _WORTH_MEASURING * min(tried.values())]
     ours = {"on": reads.ours("every", 1), "on 8": reads.ours("every")}
     bare = {"raw": reads.bare(1), "raw 8": reads.bare(READ_THREADS)}
-    unchecked = {"off": reads.ours("off", 1), "off 8": reads.ours("off")}
+    unchecked = {"never": reads.ours("never", 1), "never 8": reads.ours("never")}
     theirs = {name: zarr[name] for name in ("loop", *worth)}
     take_turns(ours | bare | unchecked | theirs, lists[:1])  # brings everything into memory
     fast = take_turns(ours | bare | unchecked, lists * 3)  # a few milliseconds each: more of them
@@ -103,7 +103,7 @@ def measure_reading(folder: Path, rows: int, rounds: int, batch: int) -> dict[st
     cold_ways = {
         "raw": reads.bare(READ_THREADS, cold=True),
         "on": reads.ours("every", cold=True),
-        "off": reads.ours("off", cold=True),
+        "never": reads.ours("never", cold=True),
     }
     cold = take_turns(cold_ways, lists)
     some = lists[: max(3, rounds // 3)]
@@ -111,9 +111,9 @@ def measure_reading(folder: Path, rows: int, rounds: int, batch: int) -> dict[st
     warm_pass = take_turns({"raw": reads.bare_pass(cold=False), "ours": reads.our_pass(rows, cold=False)}, some)
     reads.close()
     return {
-        "warm_over_preadv": over(fast, "off", "raw"),
+        "warm_over_preadv": over(fast, "never", "raw"),
         "warm_checked_over_preadv": over(fast, "on", "raw"),
-        "warm_8_threads_over_preadv": over(fast, "off 8", "raw 8"),
+        "warm_8_threads_over_preadv": over(fast, "never 8", "raw 8"),
         "warm_8_threads_checked_over_preadv": over(fast, "on 8", "raw 8"),
         "warm_over_zarr_python": over(warm, "on 8", "loop"),
         "warm_over_zarr_python_best": over(warm, "on 8", best),
@@ -121,7 +121,7 @@ def measure_reading(folder: Path, rows: int, rounds: int, batch: int) -> dict[st
         "warm_1_thread_over_zarr_python_best": over(warm, "on", best),
         "zarr_python_best": best,
         "cold_over_pread": over(cold, "on", "raw"),
-        "cold_unchecked_over_pread": over(cold, "off", "raw"),
+        "cold_unchecked_over_pread": over(cold, "never", "raw"),
         "sequential_over_raw": over(cold_pass, "ours", "raw"),
         "sequential_warm_over_raw": over(warm_pass, "ours", "raw"),
         "preadv_gb_s": gigabytes(fast["raw"], batch),

@@ -52,7 +52,10 @@ def is_sealed(data: bytes) -> bool:
     return _SEAL.match(data) is not None
 
 
-def unseal(data: bytes, where: str, error: type[GeomcacheError]) -> bytes:
+_RESTORE = "restore the file, or make it again with the command that wrote it"
+
+
+def unseal(data: bytes, where: str, error: type[GeomcacheError], fix: str = _RESTORE) -> bytes:
     """The JSON that was sealed; ``error`` when its bytes are not those that were written."""
     found = _SEAL.match(data)
     text = found.group(1) + b"\n}" if found else b""
@@ -61,7 +64,7 @@ def unseal(data: bytes, where: str, error: type[GeomcacheError]) -> bytes:
             f"{where} is not what was written: its own checksum does not hold",
             expected="the bytes of the command that wrote it; it cannot be edited by hand",
             found="other bytes" if found else "no checksum at its end",
-            fix="restore the file, or make it again with the command that wrote it",
+            fix=fix,
         )
     return text
 

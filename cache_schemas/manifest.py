@@ -107,5 +107,7 @@ class ShardCommit(Schema):
     def read(cls, data: bytes, where: str, manifest: Manifest) -> Self:
         """Parse a record's bytes; ``CacheDamaged`` when they are not those that were written."""
         if manifest.schema_version >= 2 or is_sealed(data):
-            data = unseal(data, where, CacheDamaged)
+            data = unseal(
+                data, where, CacheDamaged, "geomcache cache verify CACHE --repair, then the same command again"
+            )
         return cls.parse(data, where, CacheDamaged)

@@ -194,7 +194,7 @@ def bench_cache(
     Raises:
         CacheMissing, CacheIncomplete, CacheDamaged, CacheStale, SchemaTooNew: by name, as reading does.
     """
-    with CachedTokens(location) as checked, CachedTokens(location, check="off") as unchecked:
+    with CachedTokens(location) as checked, CachedTokens(location, check="never") as unchecked:
         return _Bench(checked, unchecked, batch, rows, seconds).run(progress)
 
 

@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from geomcache.cache_schemas.errors import CacheDamaged, CacheStale, GeomcacheError
-from geomcache.cache_schemas.layout import array_metadata, commit_path, group_metadata, shard_rows
+from geomcache.cache_schemas.layout import array_metadata, commit_path, group_metadata, shard_path, shard_rows
 from geomcache.cache_schemas.manifest import MANIFEST_NAME, Manifest, ShardCommit
 from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.objects import ObjectStore
@@ -73,6 +73,19 @@ def _committed(folder: Path, manifest: Manifest) -> list[int]:
         return []
     numbers = (int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
     return sorted(number for number in numbers if number < manifest.shards)
+
+
+def whole_shards(folder: Path, manifest: Manifest, commits: Mapping[int, ShardCommit]) -> set[int]:
+    """The committed shards whose files stand with the committed sizes; ``cache verify`` reads their bytes too."""
+    whole = set()
+    for shard, commit in commits.items():
+        paths = {name: shard_path(name, shard, len(array.row_shape)) for name, array in manifest.arrays.items()}
+        try:
+            if all(os.stat(folder / path).st_size == commit.sizes[name] for name, path in paths.items()):
+                whole.add(shard)
+        except OSError:
+            continue
+    return whole
 
 
 def zarr_metadata(manifest: Manifest) -> dict[str, str]:

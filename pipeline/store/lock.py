@@ -33,6 +33,15 @@ class LockOwner(Schema):
     since: str  # UTC
     command: str  # what it runs
 
+    @property
+    def alive(self) -> bool | None:
+        """Whether the process runs; None: it belongs to another machine."""
+        return Path(f"/proc/{self.process}").exists() if self.host == socket.gethostname() else None
+
+    def __str__(self) -> str:
+        state = "" if self.alive is not False else "; it is dead, the same command continues"
+        return f"process {self.process} on {self.host} since {self.since} ({self.command}){state}"
+
 
 @contextmanager
 def write_lock(folder: Path, command: str, *, unlock: bool = False) -> Iterator[None]:
@@ -52,12 +61,12 @@ def write_lock(folder: Path, command: str, *, unlock: bool = False) -> Iterator[
     try:
         owner = _read_owner(handle)
         if alive is None:  # a file system without locks: the name is all there is
-            alive = owner is not None and owner.host == socket.gethostname() and Path(f"/proc/{owner.process}").exists()
+            alive = owner is not None and owner.alive is True
         if alive or (owner is not None and owner.host != socket.gethostname() and not unlock):
             raise CacheLocked(
                 f"another run is writing the cache {folder}",
                 expected="one writer at a time",
-                found="its lock" if owner is None else _name(owner),
+                found="its lock" if owner is None else str(owner),
                 fix="wait until it has finished, or stop it"
                 if alive
                 else "when that run is dead, give --unlock once; else wait, or choose another --out",
@@ -133,7 +142,3 @@ def _read_owner(handle: int) -> LockOwner | None:
         RecursionError,
     ):  # empty: its writer died between making and naming it
         return None
-
-
-def _name(owner: LockOwner) -> str:
-    return f"process {owner.process} on {owner.host} since {owner.since} ({owner.command})"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.manifest import ShardCommit
-from geomcache.pipeline.store.commits import read_commits
+from geomcache.pipeline.store.commits import read_commits, whole_shards
 from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.lock import lock_owner
 from geomcache.pipeline.store.reader import open_files, read_manifest
@@ -45,7 +45,11 @@ def overview(location: str) -> CacheOverview:
     """
     files = open_files(location)
     manifest = read_manifest(files)
-    commits = list(read_commits(files, manifest).values())
+    committed = read_commits(files, manifest)
+    if isinstance(files, LocalFiles):
+        whole = whole_shards(files.folder, manifest, committed)
+        committed = {shard: commit for shard, commit in committed.items() if shard in whole}
+    commits = list(committed.values())
     statistics = [commit.statistics for commit in commits]
     rows, size = sum(commit.rows for commit in commits), sum(sum(commit.sizes.values()) for commit in commits)
     owner = lock_owner(Path(files.folder)) if isinstance(files, LocalFiles) else None
@@ -65,7 +69,7 @@ def overview(location: str) -> CacheOverview:
         bytes_per_row=size / rows if rows else None,
         license=manifest.recipe.encoder.license,
         derived_from=manifest.derived_from,
-        writer=None if owner is None else f"{owner.command}, process {owner.process} on {owner.host}",
+        writer=None if owner is None else str(owner),
         min=min((low for each in statistics if (low := each.min) is not None), default=None),
         max=max((high for each in statistics if (high := each.max) is not None), default=None),
         mean_norm=_mean(commits) if rows else None,

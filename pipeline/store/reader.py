@@ -62,7 +62,7 @@ class CachedTokens:
 
     Args:
         location: folder, or URL.
-        check: compare rows with their checksums at "every" read, at the "first" read of a row, or "off".
+        check: compare rows with their checksums at "every" read, at the "first" read of a row, or "never".
         threads: reading side by side.
         partial: accept a cache that is not finished; a row that is missing is then an error when it is read.
 
@@ -85,7 +85,8 @@ class CachedTokens:
                 f"the cache {location} is not finished",
                 expected=f"{self.manifest.shards} committed shards",
                 found=f"{self.manifest.shards - missing}",
-                fix="run the same geomcache extract again; it continues with the missing shards",
+                fix=f"run the same {'cache derive' if self.manifest.derived_from else 'geomcache extract'} again; "
+                "it continues with the missing shards",
             )
         self.codec = build_codec(self.spec)
         self._process = os.getpid()

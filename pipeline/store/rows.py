@@ -1,8 +1,8 @@
 """Stored rows by number: every shard's index once, then rows into the caller's buffers by threads, each row checked.
 
 A row's crc32c is compared with the one in its shard's commit record, so a whole row that lies in the wrong place, shard
-or cache is damage too. With ``check="off"`` bytes are handed out as they are; with ``"first"`` each row is checked the
-first time it is read.
+or cache is damage too. With ``check="never"`` bytes are handed out as they are; with ``"first"`` each row is checked
+the first time it is read.
 """
 
 import math
@@ -25,7 +25,7 @@ from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.objects import ObjectStore
 from geomcache.pipeline.store.shard_file import REDO, crc32c, decompress, index_length, parse_index
 
-Check = Literal["every", "first", "off"]
+Check = Literal["every", "first", "never"]
 _REQUESTS_AT_ONCE = 32  # to a store behind a network, whose latency is what a batch waits for
 _TOGETHER_BYTES = 4 << 20  # rows of one shard that one thread takes at a time
 _CHECKED_BYTES = 1 << 20
@@ -36,6 +36,7 @@ class ShardIndex:
     """Where the rows of one array's shard lie, and what their checksums must be."""
 
     path: str
+    first_row: int
     offsets: NDArray[np.uint64]
     payloads: NDArray[np.uint32]  # bytes of each row without its checksum
     crcs: bytes | None  # 4 bytes a row, as committed
@@ -74,7 +75,7 @@ def load_index(
         if (index[:, 0] == EMPTY).any() or (array.compression is None and (index[:, 1] != payloads + CRC_BYTES).any()):
             raise CacheDamaged(f"{where}: its index lacks rows or names rows of another size", fix=REDO)
         offsets, payloads = index[:, 0], (index[:, 1] - CRC_BYTES).astype(np.uint32)
-    return ShardIndex(path, offsets, payloads, crcs, bytearray(commit.rows))
+    return ShardIndex(path, commit.first_row, offsets, payloads, crcs, bytearray(commit.rows))
 
 
 @lru_cache(maxsize=8)
@@ -232,7 +233,7 @@ class StoredRows:
     def _read(self, index: ShardIndex, slots: Sequence[int], views: Sequence[memoryview]) -> None:
         offsets = index.offsets[slots].tolist()
         unchecked = {n for n, slot in enumerate(slots) if self._check == "every" or not index.seen[slot]}
-        if self._check == "off" or not unchecked:
+        if self._check == "never" or not unchecked:
             self._files.read_ranges(index.path, offsets, views)
             return
         stored = memoryview(bytearray(CRC_BYTES * len(slots)))
@@ -255,10 +256,11 @@ class StoredRows:
         committed = beside if index.crcs is None else index.crcs[slot * CRC_BYTES : (slot + 1) * CRC_BYTES]
         if found != beside or found != committed:
             raise CacheDamaged(
-                f"{self._files.location}/{index.path}: row {slot} of the shard fails its checksum",
+                f"row {index.first_row + slot} of the cache {self._files.location} fails its checksum "
+                f"({index.path}: row {slot} of the shard)",
                 expected=f"crc32c {committed.hex()}, as committed",
                 found=f"{found.hex()} (its bytes), {beside.hex()} (beside it)",
-                fix=REDO,
+                fix=REDO.replace("CACHE", self._files.location),
             )
         index.seen[slot] = 1
 

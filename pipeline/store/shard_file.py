@@ -15,6 +15,7 @@ from typing import Any
 
 import crc32c as crc32c_package
 import numpy as np
+from numcodecs import blosc  # here and not where it is used: a fork during an import would leave its lock held
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import CacheDamaged
@@ -110,8 +111,6 @@ def _pack(rows: NDArray[Any], group: range, compressed: bool) -> _Packed:
 
 def compress(row: NDArray[Any]) -> bytes:
     """A row as Zarr's blosc codec stores it."""
-    from numcodecs import blosc
-
     shuffle = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}[BLOSC["shuffle"]]
     packed = blosc.compress(
         np.ascontiguousarray(row), BLOSC["cname"].encode(), BLOSC["clevel"], shuffle, BLOSC["blocksize"]
@@ -121,8 +120,6 @@ def compress(row: NDArray[Any]) -> bytes:
 
 def decompress(data: memoryview | bytes, out: memoryview, where: str) -> None:
     """Unpack a blosc chunk into ``out``; ``CacheDamaged`` when it is not exactly a row."""
-    from numcodecs import blosc
-
     header = bytes(data[:16])  # c-blosc's: byte 4 on: uint32 nbytes, blocksize, cbytes
     if len(header) < 16 or int.from_bytes(header[4:8], "little") != out.nbytes:
         raise CacheDamaged(f"{where}: a compressed row has another size than the manifest says", fix=REDO)

@@ -1,6 +1,6 @@
 """Numbers about tokens: of a shard, for its commit record; of every channel, for standardising and for codec int8."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ STATISTICS_ROWS = 2048  # of a cache, evenly spread, from which a run's channel 
 def even_rows(rows: int, most: int) -> NDArray[np.int64]:
     """At most ``most`` of ``rows`` row numbers, evenly spread, first and last among them."""
     return np.unique(np.linspace(0, rows - 1, min(rows, most)).astype(np.int64))
+
+
+def rows_in_blocks(
+    tokens: Callable[[list[int]], torch.Tensor], rows: NDArray[np.int64], block: int = 64
+) -> Iterator[torch.Tensor]:
+    """Tokens of one row after the other, read many at a time: behind a network each reading costs a latency."""
+    for start in range(0, len(rows), block):
+        yield from tokens(rows[start : start + block].tolist())
 
 
 def channel_statistics(tokens: Iterable[torch.Tensor]) -> ChannelStatistics:

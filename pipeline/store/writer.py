@@ -4,7 +4,9 @@ Order of a commit: every array's shard file (temporary name, fsync, rename, fsyn
 record the same way. A shard without a record does not exist; writing a shard twice gives the same bytes.
 """
 
+import contextlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.base import seal
-from geomcache.cache_schemas.errors import CacheDamaged, CacheStale
+from geomcache.cache_schemas.errors import CacheDamaged, CacheStale, InputError
 from geomcache.cache_schemas.layout import commit_path, group_metadata, shard_path, shard_rows
 from geomcache.cache_schemas.manifest import MANIFEST_NAME, Manifest, ShardCommit, ShardStatistics
 from geomcache.pipeline.files import TEMPORARY_SUFFIX, remove_leftovers, require_own_folder, write_atomic
@@ -31,6 +33,10 @@ def standing_manifest(path: Path) -> Manifest | None:
     Raises:
         InputError: the folder holds something else. CacheDamaged, SchemaTooNew: the manifest cannot be read.
     """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) and not path.exists():
+        raise InputError(
+            f"{path} looks like a URL", expected="a folder", found="a URL", fix="write to a folder, then copy it there"
+        )
     require_own_folder(path, _is_a_cache, "a token cache")
     return Manifest.read(path / MANIFEST_NAME, CacheDamaged) if (path / MANIFEST_NAME).exists() else None
 
@@ -44,6 +50,8 @@ def create_or_open(path: Path, manifest: Manifest, card: str) -> Manifest:
     """
     standing = require_same(path, manifest)
     remove_leftovers(path)
+    if standing is None:
+        _remove_stopped_creation(path)
     for name, text in zarr_metadata(manifest).items():  # before the manifest: with it, the cache can be opened
         if not (path / name).exists():
             write_atomic(inside(path, name), text)
@@ -114,9 +122,17 @@ def inside(cache: Path, name: str) -> Path:
     return path
 
 
+def _remove_stopped_creation(path: Path) -> None:
+    """What a run that was stopped before its manifest left, perhaps with another codec: metadata and nothing else."""
+    for metadata in path.glob("*/zarr.json"):
+        inside(path, f"{metadata.parent.name}/{metadata.name}").unlink()
+        with contextlib.suppress(OSError):  # the new run may use the folder as well
+            metadata.parent.rmdir()
+
+
 def _is_a_cache(folder: Path) -> bool:
     if (folder / MANIFEST_NAME).exists():
         return True
-    if (folder / "zarr.json").is_file():  # a creation that was stopped before the manifest
+    if (folder / "zarr.json").is_file() and not (folder / "commits").exists():  # a creation that was stopped early
         return (folder / "zarr.json").read_bytes() == json.dumps(group_metadata(GROUP_ATTRIBUTES), indent=2).encode()
     return all(entry.name == LOCK_NAME or entry.name.endswith(TEMPORARY_SUFFIX) for entry in folder.iterdir())

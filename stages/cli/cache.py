@@ -29,21 +29,27 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """All caches under a folder."""
-    from geomcache.cache_schemas.errors import GeomcacheError
+    from geomcache.cache_schemas.errors import GeomcacheError, InputError
     from geomcache.cache_schemas.manifest import MANIFEST_NAME
     from geomcache.pipeline.store.overview import overview
 
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no folder", expected="a folder that holds caches", found="something else or nothing"
+        )
     found = []
     for path in sorted(folder.rglob(MANIFEST_NAME)):
         try:
-            found.append(overview(str(path.parent)).model_dump(mode="json"))
-        except GeomcacheError as problem:
-            say(f"left out: {problem.what}")
+            entry = overview(str(path.parent)).model_dump(mode="json")
+        except (GeomcacheError, OSError) as problem:
+            say(f"left out: {problem.what if isinstance(problem, GeomcacheError) else problem}")
+            continue
+        found.append({**entry, "cache": str(path.parent.relative_to(folder))} if not as_json else entry)
     if as_json:
         show_values({"caches": found}, as_json)
         return
     columns = ["cache", "encoder", "tap", "codec", "row_shape", "rows", "complete", "bytes", "license"]
-    show_table(f"caches under {folder}", columns, [[_cell(entry[name]) for name in columns] for entry in found])
+    show_table(f"caches under {folder}", columns, [[_cell(name, entry[name]) for name in columns] for entry in found])
 
 
 @app.command("info")
@@ -108,7 +114,10 @@ def verify(
             "rows": f"{result.rows_committed}/{result.rows}",
             "bytes": result.bytes,
             "damaged": {str(shard): problem for shard, problem in result.damaged.items()},
-            "damaged_rows": {str(shard): rows for shard, rows in result.bad_rows.items()},
+            "damaged_rows": {
+                str(shard): rows if as_json or len(rows) < 4 else f"{len(rows)} rows, {rows[0]} to {rows[-1]}"
+                for shard, rows in result.bad_rows.items()
+            },
             "damaged_metadata": list(result.metadata),
             "non_finite_values": result.non_finite_values,
             "rows_with_non_finite": result.rows_with_non_finite,
@@ -118,7 +127,9 @@ def verify(
         },
         as_json,
     )
-    if not result.complete:
+    if result.repaired and not result.damaged and result.committed == result.shards:
+        say("the Zarr metadata was written again; nothing else was wrong")
+    elif not result.complete:
         say(_advice(result, cache, repair))
         raise typer.Exit(EXIT_FINDING)
 
@@ -169,5 +180,7 @@ def _advice(result: "VerifyResult", cache: str, repair: bool) -> str:
     return f"{first if result.damaged or result.metadata else ''}{again}"
 
 
-def _cell(value: object) -> str:
+def _cell(name: str, value: Any) -> str:
+    if name == "bytes":
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"
     return " x ".join(map(str, value)) if isinstance(value, list) else str(value)

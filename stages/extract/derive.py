@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
@@ -18,11 +17,24 @@ from geomcache.pipeline.store.card import data_card
 from geomcache.pipeline.store.commits import read_commits
 from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.lock import write_lock
+from geomcache.pipeline.store.objects import is_remote
 from geomcache.pipeline.store.reader import CachedTokens
-from geomcache.pipeline.store.statistics import STATISTICS_ROWS, channel_statistics, even_rows, shard_statistics
+from geomcache.pipeline.store.statistics import (
+    STATISTICS_ROWS,
+    channel_statistics,
+    even_rows,
+    rows_in_blocks,
+    shard_statistics,
+)
 from geomcache.pipeline.store.writer import commit_shard, create_or_open, require_same, standing_manifest
 from geomcache.pipeline.tokens import StoredForm, stored_digest
-from geomcache.stages.extract.plan import new_manifest, refuse_unused_statistics, statistics_of
+from geomcache.stages.extract.plan import (
+    finished_shards,
+    new_manifest,
+    refuse_unused_statistics,
+    require_enough_tokens,
+    statistics_of,
+)
 
 
 class DeriveConfig(Schema):
@@ -33,12 +45,6 @@ class DeriveConfig(Schema):
     pool: int | None = Field(default=None, ge=1)  # K: means of K groups of a row's V * G tokens
     codec: str | None = None  # None: fp32 for pooled tokens
     statistics_from: str | None = None  # cache whose channel statistics to take; None: from the full cache
-
-    @model_validator(mode="after")
-    def _something_to_do(self) -> Self:
-        if self.pool is None and self.codec is None:
-            raise ValueError("give pool (number of tokens to keep), codec, or both")
-        return self
 
 
 class DeriveResult(Schema):
@@ -69,12 +75,19 @@ def derive(config: DeriveConfig, progress: Callable[[int, int], None], *, unlock
         CacheLocked: another run is writing ``out``. CacheDamaged, CacheIncomplete: the source cannot be read.
     """
     started = time.perf_counter()
+    if config.pool is None and config.codec is None:
+        raise InputError(
+            "there is nothing to derive",
+            expected="--pool K (tokens to keep), --codec NAME, or both",
+            found="neither",
+            fix=f"geomcache cache derive {config.cache} --pool 16 --out {config.out}",
+        )
     with CachedTokens(config.cache) as source:
         manifest = _plan(config, source)
         with write_lock(config.out, "geomcache cache derive", unlock=unlock):
             create_or_open(config.out, manifest, data_card(manifest))
             write_config(config.out, config)
-            done = read_commits(LocalFiles(config.out), manifest)
+            done = finished_shards(config.out, manifest)
             form = StoredForm(manifest.recipe.spec)
             for shard in range(manifest.shards):
                 if shard not in done:
@@ -104,12 +117,7 @@ def _plan(config: DeriveConfig, source: CachedTokens) -> Manifest:
             found=f"codec {spec.codec}" + (f", pooled to {spec.pooled_to}" if spec.pooled_to is not None else ""),
             fix="derive from the full cache",
         )
-    if config.pool is not None and config.pool > spec.views * spec.tokens_per_view:
-        raise InputError(
-            "there are not that many tokens to pool",
-            expected=f"--pool at most {spec.views * spec.tokens_per_view} (views x tokens per view)",
-            found=str(config.pool),
-        )
+    require_enough_tokens(spec, config.pool)
     update = {"source_codec": spec.codec, "codec": config.codec or "fp32", "pooled_to": config.pool}
     new = spec.model_copy(update=update)
     if config.pool is not None or plugins.load("codec", new.codec).needs_statistics:
@@ -122,6 +130,8 @@ def _plan(config: DeriveConfig, source: CachedTokens) -> Manifest:
     manifest = new_manifest(
         recipe, source.manifest.rows, source.manifest.rows_per_shard, derived_from=parent.fingerprint.cache_id
     )
+    if not is_remote(config.cache) and config.out.resolve().is_relative_to(Path(config.cache).resolve()):
+        raise InputError(f"{config.out} lies inside the cache it would be made from", fix="choose another --out")
     require_same(config.out, manifest)
     return manifest
 
@@ -133,7 +143,7 @@ def _statistics(config: DeriveConfig, source: CachedTokens) -> ChannelStatistics
     if standing is not None and standing.recipe.spec.channel_statistics is not None:
         return standing.recipe.spec.channel_statistics  # require_same tells whether the rest is the same
     # As training takes them from the full cache, so that it standardises pooled tokens alike.
-    return channel_statistics(source.tokens([int(row)]) for row in even_rows(len(source), STATISTICS_ROWS))
+    return channel_statistics(rows_in_blocks(source.tokens, even_rows(len(source), STATISTICS_ROWS)))
 
 
 def _derive_shard(out: Path, manifest: Manifest, form: StoredForm, source: CachedTokens, shard: int) -> None:

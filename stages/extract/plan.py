@@ -15,7 +15,7 @@ from geomcache.pipeline import plugins
 from geomcache.pipeline.devices import resolve_device
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.card import data_card
-from geomcache.pipeline.store.commits import read_commits
+from geomcache.pipeline.store.commits import read_commits, whole_shards
 from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.reader import open_manifest
 from geomcache.pipeline.store.writer import create_or_open, require_same, standing_manifest
@@ -59,6 +59,7 @@ def make_plan(config: ExtractConfig) -> ExtractPlan:
     with PackReader(config.pack) as pack:
         device = resolve_device(config.device)
         encoder = build_encoder(config.encoder, config.encoder_config, pack.info.contract, device=None)
+        require_enough_tokens(encoder.spec, config.pool)
         recipe = token_recipe(encoder, pack.info.contract, pack.info.digest, config.codec, pooled_to=config.pool)
         if config.pool is not None or plugins.load("codec", recipe.spec.codec).needs_statistics:
             statistics = _statistics(config, recipe, pack, device)
@@ -85,8 +86,13 @@ def new_manifest(recipe: TokenRecipe, rows: int, rows_per_shard: int, derived_fr
 def plan_with(config: ExtractConfig, manifest: Manifest, device: str) -> ExtractPlan:
     """What is missing of this cache in ``config.out``."""
     standing = require_same(config.out, manifest)
-    done = read_commits(LocalFiles(config.out), standing) if standing is not None else {}
+    done = finished_shards(config.out, standing) if standing is not None else set()
     return ExtractPlan(config, standing or manifest, tuple(k for k in range(manifest.shards) if k not in done), device)
+
+
+def finished_shards(out: Path, manifest: Manifest) -> set[int]:
+    """Shards that need not be made again; one whose file was lost is not among them, whatever its record says."""
+    return whole_shards(out, manifest, read_commits(LocalFiles(out), manifest))
 
 
 def begin(plan: ExtractPlan) -> ExtractPlan:
@@ -132,6 +138,16 @@ def statistics_of(wanted: TokenRecipe, where: str) -> ChannelStatistics:
             fix="name another cache, or leave statistics_from out",
         )
     return recipe.spec.channel_statistics
+
+
+def require_enough_tokens(spec: TokenSpec, pool: int | None) -> None:
+    """``InputError`` when there are fewer tokens than groups."""
+    if pool is not None and pool > spec.views * spec.tokens_per_view:
+        raise InputError(
+            "there are not that many tokens to pool",
+            expected=f"--pool at most {spec.views * spec.tokens_per_view} (views x tokens per view)",
+            found=str(pool),
+        )
 
 
 def refuse_unused_statistics(statistics_from: str | None, spec: TokenSpec) -> None:

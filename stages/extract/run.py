@@ -42,6 +42,8 @@ def run(config: ExtractConfig, progress: Callable[[int, int], None], *, unlock: 
     """
     started = time.perf_counter()
     plan = make_plan(config)
+    if not plan.remaining:  # also on a disk that cannot be written
+        return _work(plan, progress, started)
     with write_lock(config.out, "geomcache extract", unlock=unlock):
         plan = begin(plan)
         write_config(config.out, config)

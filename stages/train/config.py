@@ -44,7 +44,7 @@ class TrainConfig(Schema):
     seed: int = Field(default=0, ge=0)
     steps: int = Field(default=100_000, ge=1)  # optimiser steps
     row_order: RowOrder = "global"  # shard: shuffle within a window of shards, for slow or remote storage
-    check_tokens: Check = "every"  # read of a row is compared with its checksum: every | first | off
+    check_tokens: Check = "every"  # read of a row is compared with its checksum: every | first | never
     batch_size: int = Field(default=16, ge=1)  # samples per process and optimiser step part
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: LearningRates = LearningRates()

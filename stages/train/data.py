@@ -16,7 +16,7 @@ from geomcache.cache_schemas.token_spec import ChannelStatistics
 from geomcache.pipeline.interfaces import TokenCodec
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.reader import CachedTokens, require_pack_of
-from geomcache.pipeline.store.statistics import STATISTICS_ROWS, channel_statistics, even_rows
+from geomcache.pipeline.store.statistics import STATISTICS_ROWS, channel_statistics, even_rows, rows_in_blocks
 from geomcache.pipeline.tokens import as_tensors
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.config import TrainConfig
@@ -124,7 +124,12 @@ class TrainingData:
         if self.caches[0].spec.channel_statistics is not None:
             return self.caches[0].spec.channel_statistics
         rows = even_rows(len(self), STATISTICS_ROWS)
-        return channel_statistics(tokens for row in rows if (tokens := self.tokens(np.array([row]))) is not None)
+        return channel_statistics(rows_in_blocks(lambda block: self._some_tokens(np.array(block)), rows))
+
+    def _some_tokens(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        tokens = self.tokens(rows)
+        assert tokens is not None
+        return tokens
 
     def _check_join(self, config: TrainConfig, wants_tokens: bool) -> None:
         first_pack, first_cache = self.packs[0], self.caches[0]

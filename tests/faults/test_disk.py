@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -134,7 +135,7 @@ def test_a_file_system_that_turns_read_only_in_the_middle(
 
 
 def test_a_read_only_cache_can_be_read_and_says_why_it_cannot_be_written(
-    geomcache: Callable[..., Answer], undisturbed: dict[str, Path], pack: Path, mounted: Path
+    geomcache: Callable[..., Answer], undisturbed: dict[str, Path], pack: Path, mounted: Path, tmp_path: Path
 ) -> None:
     truth, settings = undisturbed["bf16"], ("--set", "encoder_config={grid: [4, 4], batch_size: 3}")
     _mount("--bind", truth, mounted)
@@ -143,12 +144,19 @@ def test_a_read_only_cache_can_be_read_and_says_why_it_cannot_be_written(
         assert torch.equal(cache.tokens(range(25)), true.tokens(range(25)))
     for command in ("info", "verify", "stats"):
         assert geomcache("cache", command, mounted).code == 0
-    for arguments in (
-        ("cache", "verify", mounted, "--repair"),
-        ("extract", "--pack", pack, "--out", mounted, "--codec", "bf16", *settings),
-    ):
-        found = geomcache(*arguments)
-        assert (found.code, "read-only" in found.err) == (2, True), found
+    extract_again = ("extract", "--pack", pack, "--out", mounted, "--codec", "bf16", *settings)
+    assert geomcache(*extract_again).code == 0  # it is complete: there is nothing to write
+    found = geomcache("cache", "verify", mounted, "--repair")
+    assert (found.code, "read-only" in found.err) == (2, True), found
+
+    subprocess.run(["umount", str(mounted)], check=True)
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(truth, unfinished)
+    (unfinished / "commits/000001.json").unlink()
+    _mount("--bind", unfinished, mounted)
+    _mount("-o", "remount,bind,ro", mounted)
+    found = geomcache(*extract_again)
+    assert (found.code, "read-only" in found.err) == (2, True), found
 
 
 def test_names_with_spaces_and_letters_of_other_scripts(

@@ -146,6 +146,20 @@ def test_repair_does_not_touch_what_it_cannot_read(what: str, geomcache: Callabl
     assert _inside(cache) == inside
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_a_lost_manifest_is_no_invitation_to_write_another(codec: str, cache: Path, pack: Path) -> None:
+    """Shards and records without their manifest stay as they are; the same extraction may write it again."""
+    (cache / "manifest.json").unlink()
+    inside = _inside(cache)
+    with contextlib.suppress(GeomcacheError):
+        extract(pack, cache, codec)
+        assert codec == "bf16", "another cache was begun in its folder"
+    after = _inside(cache)
+    after.pop(str(cache / "config.yaml"))
+    assert after.items() >= {name: data for name, data in inside.items() if "config.yaml" not in name}.items()
+    assert codec == "bf16" or str(cache / "manifest.json") not in after
+
+
 RECORDS: dict[str, Callable[[Path], bytes]] = {
     "empty": lambda _: b"",
     "binary garbage": lambda _: bytes(range(256)),

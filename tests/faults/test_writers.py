@@ -138,7 +138,7 @@ def test_a_reader_beside_a_writer_sees_true_rows_or_a_named_refusal(
                     reads += 1
                 grown.add(len(done))
             if len(done) < 6:
-                with pytest.raises(CacheIncomplete, match="extract again"):
+                with pytest.raises(CacheIncomplete, match="cache derive again"):
                     CachedTokens(cache)
             assert verify_cache(cache, repair=False, progress=nothing).damaged == {}
         except CacheMissing:
