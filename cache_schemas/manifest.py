@@ -99,7 +99,7 @@ class ShardCommit(Schema):
     sizes: dict[str, int]  # array name -> bytes of the shard file
     # array name -> hex of each row's crc32c (little-endian, 8 characters a row): a row that is whole but lies in the
     # wrong place, shard or cache fails its check. Empty in schema version 1.
-    row_crc32c: dict[str, Hex] = Field(default_factory=dict)
+    row_crc32c: dict[str, str] = Field(default_factory=dict)
     statistics: ShardStatistics
     seconds: dict[str, float]  # read, encode, write
 

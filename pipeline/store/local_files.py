@@ -4,7 +4,6 @@ Descriptors stay open, for all caches of the process together up to half of what
 ``pipeline/store/objects.py``, so that a reader need not know where the bytes lie.
 """
 
-import contextlib
 import errno
 import itertools
 import os
@@ -57,9 +56,12 @@ class LocalFiles:
 
     def tail(self, path: str, length: int) -> tuple[bytes, int]:
         """The last ``length`` bytes (fewer in a shorter file) and the file's size; raises ``FileNotFoundError``."""
-        with _open_files.use(self._owner, f"{self.location}/{path}") as handle:
-            size = os.fstat(handle).st_size
-            return os.pread(handle, length, max(0, size - length)), size
+        entry = _open_files.acquire(self._owner, f"{self.location}/{path}")
+        try:
+            size = os.fstat(entry.handle).st_size
+            return os.pread(entry.handle, length, max(0, size - length)), size
+        finally:
+            _open_files.release(entry)
 
     def read_ranges(self, path: str, offsets: Sequence[int], out: Sequence[memoryview]) -> None:
         """Fill each buffer from its offset; neighbours that touch are read by one call.
@@ -69,21 +71,24 @@ class LocalFiles:
         """
         where = f"{self.location}/{path}"
         try:
-            with _open_files.use(self._owner, where) as handle:
-                for start, stop in _touching(offsets, out):
-                    wanted = sum(len(part) for part in out[start:stop])
-                    got = os.preadv(handle, out[start:stop], offsets[start])
-                    if got != wanted:  # a short read would leave another row's bytes in a reused buffer
-                        raise CacheDamaged(
-                            f"{where} ends too early",
-                            expected=f"{wanted} bytes at {offsets[start]}",
-                            found=f"{got}",
-                            fix=REDO,
-                        )
+            entry = _open_files.acquire(self._owner, where)
         except FileNotFoundError as problem:
             raise CacheDamaged(
                 f"{where} is missing", expected="a committed shard", found="no file", fix=REDO
             ) from problem
+        try:
+            for start, stop in _touching(offsets, out):
+                wanted = sum(len(part) for part in out[start:stop])
+                got = os.preadv(entry.handle, out[start:stop], offsets[start])
+                if got != wanted:  # a short read would leave another row's bytes in a reused buffer
+                    raise CacheDamaged(
+                        f"{where} ends too early",
+                        expected=f"{wanted} bytes at {offsets[start]}",
+                        found=f"{got}",
+                        fix=REDO,
+                    )
+        finally:
+            _open_files.release(entry)
 
     def close(self) -> None:
         """Close every file, those that another thread is reading as soon as it has finished."""
@@ -111,9 +116,8 @@ class _OpenFiles:
         for entry in self._open.values():
             entry.users = 0
 
-    @contextlib.contextmanager
-    def use(self, owner: int, path: str) -> Iterator[int]:
-        """A descriptor that stays open for the length of a block."""
+    def acquire(self, owner: int, path: str) -> _Open:
+        """A descriptor that stays open until it is released."""
         key = owner, path
         with self._lock:
             entry = self._open.get(key)
@@ -122,13 +126,14 @@ class _OpenFiles:
             else:
                 self._open.move_to_end(key)
             entry.users += 1
-        try:
-            yield entry.handle
-        finally:
-            with self._lock:
-                entry.users -= 1
-                if entry.doomed and entry.users <= 0:
-                    os.close(entry.handle)
+            return entry
+
+    def release(self, entry: _Open) -> None:
+        """End of an ``acquire``."""
+        with self._lock:
+            entry.users -= 1
+            if entry.doomed and entry.users <= 0:
+                os.close(entry.handle)
 
     def close(self, owner: int) -> None:
         """Close an owner's files."""
@@ -151,6 +156,8 @@ class _OpenFiles:
         if not self._most:
             allow_many_open_files()
             self._most = max(_FEWEST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        if len(self._open) < self._most:
+            return
         idle = (key for key, entry in list(self._open.items()) if not entry.users)
         while len(self._open) >= self._most and (key := next(idle, None)) is not None:
             self._drop(key)

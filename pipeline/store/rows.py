@@ -68,7 +68,10 @@ def load_index(
         raise CacheDamaged(
             f"{where} has another size than was committed", expected=f"{commit.sizes[name]}", found=f"{size}", fix=REDO
         )
-    crcs = bytes.fromhex(commit.row_crc32c[name]) if commit.row_crc32c else None
+    try:  # no pattern in the schema: matching a thousand long strings costs more than all the rest of opening
+        crcs = bytes.fromhex(commit.row_crc32c[name]) if commit.row_crc32c else None
+    except ValueError as problem:
+        raise CacheDamaged(f"{where}: its commit record holds no checksums of rows", fix=REDO) from problem
     usual, offsets, payloads = _usual_index(commit.rows, manifest.rows_per_shard, row_bytes(array))
     if tail != usual or array.compression is not None:  # compressed, or written by somebody else in another order
         index = parse_index(tail, size, manifest.rows_per_shard, where)[: commit.rows]
