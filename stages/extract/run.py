@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.layout import shard_rows
-from geomcache.pipeline.files import write_config
+from geomcache.pipeline.files import remove_leftovers, write_config
 from geomcache.pipeline.ray_workers import Pool, run_tasks
 from geomcache.pipeline.store.lock import write_lock
 from geomcache.stages.extract.plan import ExtractConfig, ExtractPlan, begin, make_plan
@@ -47,7 +47,9 @@ def run(config: ExtractConfig, progress: Callable[[int, int], None], *, unlock: 
     with write_lock(config.out, "geomcache extract", unlock=unlock):
         plan = begin(plan)
         write_config(config.out, config)
-        return _work(plan, progress, started)
+        result = _work(plan, progress, started)
+        remove_leftovers(config.out)  # of workers that died; nothing writes into a complete cache again
+        return result
 
 
 def _work(plan: ExtractPlan, progress: Callable[[int, int], None], started: float) -> ExtractResult:
