@@ -17,6 +17,8 @@ _CHUNK = 1 << 20
 # Marks a Config field that says where weights come from, not what they are: their digest says that. So the same
 # weights in another folder give the same cache id.
 NOT_IN_FINGERPRINT: dict[str, JsonValue] = {"in_fingerprint": False}
+# Marks a field that a later release added: at its default the id of older caches stays what it was.
+IN_FINGERPRINT_UNLESS_DEFAULT: dict[str, JsonValue] = {"in_fingerprint": "unless_default"}
 
 
 def digest_bytes(*parts: bytes) -> str:

@@ -101,7 +101,7 @@ class ShardCommit(Schema):
     # wrong place, shard or cache fails its check. Empty in schema version 1.
     row_crc32c: dict[str, str] = Field(default_factory=dict)
     statistics: ShardStatistics
-    seconds: dict[str, float]  # read, encode, write
+    seconds: dict[str, float]  # busy: decode, encode, store, write (earlier: read, encode, write); wall: all of it
 
     @classmethod
     def read(cls, data: bytes, where: str, manifest: Manifest) -> Self:

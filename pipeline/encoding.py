@@ -44,6 +44,23 @@ def encode_padded(encoder: GeometryEncoder, frames: FrameBatch) -> torch.Tensor:
     return tokens
 
 
+def slot_deviation(encoder: GeometryEncoder, frames: FrameBatch) -> float:
+    """Largest difference of a token when its frame has another slot of the batch and other neighbours.
+
+    0.0 on a CPU. A GPU may pick another kernel or order of sums only for another batch size, but promises nothing.
+
+    Args:
+        encoder: loaded.
+        frames: 1 to ``encoder_batch_size`` rows.
+    """
+    straight = encode_padded(encoder, frames)
+    back = np.arange(len(frames) - 1, -1, -1)
+    turned = encode_padded(encoder, frames[back])[torch.from_numpy(back.copy())]
+    alone = torch.cat([encode_padded(encoder, frames[row : row + 1]) for row in range(min(len(frames), 2))])
+    differences = torch.cat([(turned - straight).abs().flatten(), (alone - straight[: len(alone)]).abs().flatten()])
+    return float(differences.nan_to_num(0.0).max())
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """CPU kernels inside run on one thread; what was set before holds again afterwards."""

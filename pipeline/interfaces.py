@@ -76,6 +76,9 @@ class GeometryEncoder(Protocol):
     @property
     def license(self) -> str: ...  # of the weights
 
+    @property
+    def non_commercial(self) -> bool: ...  # whether the weights' licence forbids commercial use
+
     def weights_digest(self) -> str: ...  # "none" when there are no weights
 
     def load(self, device: str) -> None: ...

@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.fingerprint import NOT_IN_FINGERPRINT, Fingerprint, digest_json
+from geomcache.cache_schemas.fingerprint import (
+    IN_FINGERPRINT_UNLESS_DEFAULT,
+    NOT_IN_FINGERPRINT,
+    Fingerprint,
+    digest_json,
+)
 from geomcache.cache_schemas.manifest import EncoderRecord, TokenRecipe
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
@@ -143,7 +148,12 @@ def _without_none(spec: TokenSpec) -> dict[str, Any]:
 
 
 def _fingerprint_fields(config: Schema) -> list[str]:
-    return [name for name, field in type(config).model_fields.items() if field.json_schema_extra != NOT_IN_FINGERPRINT]
+    names = []
+    for name, field in type(config).model_fields.items():
+        unused = field.json_schema_extra == IN_FINGERPRINT_UNLESS_DEFAULT and getattr(config, name) == field.default
+        if field.json_schema_extra != NOT_IN_FINGERPRINT and not unused:
+            names.append(name)
+    return names
 
 
 class LiveTokens:

@@ -130,6 +130,7 @@ def extract_without_ray(
     worker = ShardWorker(pack, out, plan.manifest, plan.device)
     for shard in plan.remaining:
         worker.run(shard)
+    worker.close()
     return out
 
 

@@ -1,11 +1,36 @@
-"""What every encoder checks before it looks at a frame."""
+"""What all encoders share: checks before they look at a frame, precision, what is known of published weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import ContractMismatch, InputError
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline.frames import FrameBatch
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that an encoder can load, as their authors publish them."""
+
+    name: str  # hub id, or "package's own"
+    license: str  # of the weights, as their publisher names it
+    non_commercial: bool
+    note: str = ""  # one line: size, token width, what sets it apart
+
+
+@contextmanager
+def precision(device: torch.device, compute_dtype: str) -> Iterator[None]:
+    """No gradients; matrix products in ``compute_dtype`` by autocast, over weights that stay float32."""
+    half = compute_dtype != "float32"
+    with torch.no_grad(), torch.autocast(device.type, dtype=_DTYPES.get(compute_dtype), enabled=half):
+        yield
 
 
 def require_upright(contract: Contract, encoder: str) -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class EpisodeRecord:
 
 
 class PackReader:
-    """A finished pack.
+    """A finished pack. Threads may read from it side by side, as long as they keep to fewer than 64 shards at a time.
 
     Raises:
         InputError: there is no finished pack at ``path``.
@@ -82,6 +83,7 @@ class PackReader:
         self._sizes = self._column("size")
         self._checksums = self._column("crc32c")  # neither PIL nor .npy notices a flipped bit
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._files_lock = threading.Lock()  # frames may be decoded by several threads
         allow_many_open_files()
 
     def __len__(self) -> int:
@@ -215,13 +217,14 @@ class PackReader:
         return _damaged(self.path / shard_name(shard), f"{expected} for row {row}", found)
 
     def _file(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
+        with self._files_lock:
+            if shard in self._files:
+                self._files.move_to_end(shard)
+                return self._files[shard]
+            while len(self._files) >= _OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self.path / shard_name(shard), os.O_RDONLY)
             return self._files[shard]
-        while len(self._files) >= _OPEN_SHARDS:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self.path / shard_name(shard), os.O_RDONLY)
-        return self._files[shard]
 
     def close(self) -> None:
         """Close the shard files."""

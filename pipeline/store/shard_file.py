@@ -7,8 +7,10 @@ whole; see docs/design.md.
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from geomcache.pipeline.files import atomic_writer, write_all
 REDO = "geomcache cache verify CACHE --repair, then run the same geomcache extract again"
 _GROUP_BYTES = 8 << 20  # written by one system call; small enough that the first checksums are ready at once
 _GROUP_ROWS = 256  # a system call takes 1,024 buffers, two a row
+_GROUPS_AHEAD = 4  # packed, or being packed, while earlier ones are written
 
 
 @dataclass(frozen=True)
@@ -49,48 +52,80 @@ def crc32c(data: bytes | memoryview) -> bytes:
     return int(crc32c_package.crc32c(data)).to_bytes(CRC_BYTES, "little")
 
 
-def write_shard(path: Path, rows: NDArray[Any], slots: int, *, compressed: bool = False) -> WrittenFile:
-    """Write ``rows`` [n <= slots, ...] as one shard of ``slots`` inner chunks; slots beyond n are empty.
+class ShardFile:
+    """One shard file of ``slots`` inner chunks while it is written; use as a context manager.
 
-    Checksums (and compression) of later rows are computed by threads while earlier rows are being written, and the
-    file's digest while the disk is still busy.
+    Rows are appended in order; slots that no row was given for are empty. Checksums (and compression) of later rows
+    are computed by threads while earlier rows are being written, and the file's digest while the disk is still busy.
+    The file appears under its name, whole, when the block ends; after an error it does not.
     """
-    digest, size, crcs = hashlib.sha256(), 0, bytearray()
-    index = np.full((slots, 2), EMPTY, dtype="<u8")
-    contiguous = np.ascontiguousarray(rows)
-    groups = list(_groups(len(contiguous), contiguous[:1].nbytes))
 
-    def take(parts: Sequence[memoryview | bytes]) -> None:
+    def __init__(self, path: Path, slots: int, *, compressed: bool = False) -> None:
+        self._path, self._compressed = path, compressed
+        self._index = np.full((slots, 2), EMPTY, dtype="<u8")
+        self._digest, self._crcs = hashlib.sha256(), bytearray()
+        self._rows, self._size, self._not_synced = 0, 0, 0
+        self._packing: deque[Future[_Packed]] = deque()
+        self._syncing: Future[None] | None = None
+
+    def __enter__(self) -> "ShardFile":
+        with ExitStack() as stack:
+            packers = os.cpu_count() if self._compressed else 1
+            self._packers = stack.enter_context(ThreadPoolExecutor(packers, "pack-rows"))
+            self._digester = stack.enter_context(ThreadPoolExecutor(1, "digest"))
+            self._file = stack.enter_context(atomic_writer(self._path))
+            # innermost: ends before the file is closed
+            self._syncer = stack.enter_context(ThreadPoolExecutor(1, "sync"))
+            self._parts = stack.pop_all()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._parts.__exit__(*problem)
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Take ``rows`` [n, ...]; they must not change before the file is finished."""
+        contiguous = np.ascontiguousarray(rows)
+        for group in _groups(len(contiguous), contiguous[:1].nbytes):
+            self._packing.append(self._packers.submit(_pack, contiguous, group, self._compressed))
+        while len(self._packing) > _GROUPS_AHEAD:
+            self._write_group()
+
+    def finish(self) -> None:
+        """Write what is left, and the index; call it as the last thing inside the block."""
+        while self._packing:
+            self._write_group()
+        if self._syncing is not None:
+            self._syncing.result()
+        tail = [self._index.tobytes(), crc32c(self._index.tobytes())]
+        write_all(self._file.fileno(), tail)
+        self._digester.submit(self._take, tail)
+        self._size += sum(map(len, tail))
+
+    @property
+    def written(self) -> WrittenFile:
+        """What the file's bytes are; once the block has ended."""
+        return WrittenFile(self._size, self._digest.hexdigest(), self._crcs.hex())
+
+    def _write_group(self) -> None:
+        ready = self._packing.popleft().result()
+        for payload in ready.sizes:
+            self._index[self._rows] = self._size, payload + CRC_BYTES
+            self._size += payload + CRC_BYTES
+            self._not_synced += payload + CRC_BYTES
+            self._rows += 1
+        self._crcs += b"".join(bytes(crc) for crc in ready.parts[1::2])
+        write_all(self._file.fileno(), ready.parts)
+        self._digester.submit(self._take, ready.parts)
+        # The disk works while checksums are made, or the next tokens.
+        if self._not_synced >= _GROUP_BYTES and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()  # an error of the disk is reported once per descriptor
+            self._not_synced = 0
+            self._syncing = self._syncer.submit(os.fdatasync, self._file.fileno())
+
+    def _take(self, parts: Sequence[memoryview | bytes]) -> None:
         for part in parts:
-            digest.update(part)
-
-    with (
-        ThreadPoolExecutor(os.cpu_count() if compressed else 1, "pack-rows") as packers,
-        ThreadPoolExecutor(1, "digest") as digester,
-        atomic_writer(path) as file,
-        ThreadPoolExecutor(1, "sync") as syncer,  # innermost: ends before the file is closed
-    ):
-        synced: Future[None] | None = None
-        packed = [packers.submit(_pack, contiguous, group, compressed) for group in groups]
-        for number, group in enumerate(groups):
-            ready = packed[number].result()
-            for row, payload in zip(group, ready.sizes, strict=True):
-                index[row] = size, payload + CRC_BYTES
-                size += payload + CRC_BYTES
-            crcs += b"".join(bytes(crc) for crc in ready.parts[1::2])
-            write_all(file.fileno(), ready.parts)
-            digester.submit(take, ready.parts)
-            if len(groups) > 1 and (synced is None or synced.done()):  # the disk works while checksums are made
-                if synced is not None:
-                    synced.result()  # an error of the disk is reported once per descriptor
-                synced = syncer.submit(os.fdatasync, file.fileno())
-        if synced is not None:
-            synced.result()
-        tail = [index.tobytes(), crc32c(index.tobytes())]
-        write_all(file.fileno(), tail)
-        done = digester.submit(take, tail)
-    done.result()
-    return WrittenFile(size + sum(map(len, tail)), digest.hexdigest(), crcs.hex())
+            self._digest.update(part)
 
 
 def _groups(rows: int, row_bytes: int) -> Iterator[range]:

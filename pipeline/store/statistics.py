@@ -1,6 +1,8 @@
 """Numbers about tokens: of a shard, for its commit record; of every channel, for standardising and for codec int8."""
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,7 +51,7 @@ def channel_statistics(tokens: Iterable[torch.Tensor]) -> ChannelStatistics:
 
 
 def shard_statistics(
-    codec: TokenCodec, given_NVGD: torch.Tensor, stored: dict[str, NDArray[np.generic]]
+    codec: TokenCodec, given_NVGD: torch.Tensor, stored: Mapping[str, NDArray[np.generic]]
 ) -> ShardStatistics:
     """Summary of a shard's tokens as a reader gets them, and how far they are from what the codec was given.
 
@@ -60,52 +62,117 @@ def shard_statistics(
         given_NVGD: float32, what ``codec.encode`` took.
         stored: what it gave.
     """
-    valid, non_finite = np.zeros(len(given_NVGD), dtype=bool), 0
-    lowest, highest, largest_error, norms, tokens = np.inf, -np.inf, 0.0, 0.0, 0
-    shift_D: torch.Tensor | None = None  # near the mean: the spread of a channel far from 0 would drown in rounding
-    error_D, read_D, read_squares_D, given_D, given_squares_D = torch.zeros(5, given_NVGD.shape[-1]).double()
-    for row, given_VGD in enumerate(given_NVGD):  # a row at a time stays in the CPU's cache
-        read_VGD = codec.decode(as_tensors({name: array[row : row + 1] for name, array in stored.items()}))[0]
-        finite_VGD = torch.isfinite(read_VGD)
-        there_VG = finite_VGD.all(dim=-1)
-        valid[row] = bool(there_VG.all())
-        read_ND, given_ND = read_VGD.flatten(0, 1), given_VGD.flatten(0, 1)
-        if not valid[row]:
-            non_finite += int((~finite_VGD).sum())
-            read_ND, given_ND = read_VGD[there_VG], given_VGD[there_VG]
-        if not len(read_ND):
-            continue
-        low, high = (float(value) for value in read_ND.aminmax())
-        lowest, highest = min(lowest, low), max(highest, high)
-        if max(-low, high) > _SQUARE_FITS_FLOAT32:
-            read_ND, given_ND = read_ND.double(), given_ND.double()
-        if shift_D is None:
-            shift_D = given_ND.double().mean(dim=0).to(given_ND.dtype)
-        error_ND = read_ND - given_ND
-        largest_error = max(largest_error, float(error_ND.abs().max()))
-        error_D += error_ND.square().sum(dim=0)
-        for values_ND, total_D, square_D in (
-            (read_ND - shift_D, read_D, read_squares_D),
-            (given_ND - shift_D, given_D, given_squares_D),
-        ):
-            total_D += values_ND.sum(dim=0)
-            square_D += values_ND.square().sum(dim=0)
-        norms += float(read_ND.norm(dim=-1).sum())
-        tokens += len(read_ND)
-    count = max(tokens, 1)
-    variance_D = (given_squares_D / count - (given_D / count) ** 2).clamp(min=0)
-    varies_D = variance_D > 0
-    relative_D = (error_D / count)[varies_D] / variance_D[varies_D]
-    mean_D = read_D / count + (0.0 if shift_D is None else shift_D)
-    spread_D = (read_squares_D / count - (read_D / count) ** 2).clamp(min=0)
-    return ShardStatistics(
-        min=lowest if tokens else None,
-        max=highest if tokens else None,
-        mean_norm=norms / count,
-        non_finite=non_finite,
-        mean=float(mean_D.mean()),
-        std=float((spread_D + (mean_D - mean_D.mean()) ** 2).mean().sqrt()),
-        valid_rows=np.packbits(valid).tobytes().hex(),
-        codec_max_error=largest_error,
-        codec_rms_error=float(relative_D.mean().sqrt()) if len(relative_D) else 0.0,
-    )
+    return TokenSums.of(codec, given_NVGD, stored).statistics()
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Number, mean and sum of squared deviations of some tokens, for each channel; float64."""
+
+    count: int
+    mean_D: torch.Tensor
+    squares_D: torch.Tensor
+
+    def __add__(self, other: "_Moments") -> "_Moments":
+        """Of both together (Chan, Golub and LeVeque 1979, eq. 2.1)."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count, apart_D = self.count + other.count, other.mean_D - self.mean_D
+        mean_D = self.mean_D + apart_D * (other.count / count)
+        squares_D = self.squares_D + other.squares_D + apart_D**2 * (self.count * other.count / count)
+        return _Moments(count, mean_D, squares_D)
+
+    @property
+    def variance_D(self) -> torch.Tensor:
+        return self.squares_D.clamp(min=0) / max(self.count, 1)
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """What ``ShardStatistics`` needs of some rows. Made block by block, in any thread; blocks are added in order."""
+
+    valid: tuple[bool, ...]  # of each row: every value is finite
+    non_finite: int
+    lowest: float
+    highest: float
+    largest_error: float
+    norms: float
+    error_D: torch.Tensor
+    read: _Moments
+    given: _Moments
+
+    @classmethod
+    def of(cls, codec: TokenCodec, given_NVGD: torch.Tensor, stored: Mapping[str, NDArray[np.generic]]) -> "TokenSums":
+        """Of a block; arguments as of ``shard_statistics``."""
+        valid, non_finite = np.zeros(len(given_NVGD), dtype=bool), 0
+        lowest, highest, largest_error, norms, count = np.inf, -np.inf, 0.0, 0.0, 0
+        shift_D = torch.zeros(1)  # near the mean: the spread of a channel far from 0 would drown in rounding
+        error_D, read_D, read_squares_D, given_D, given_squares_D = torch.zeros(5, given_NVGD.shape[-1]).double()
+        for row, given_VGD in enumerate(given_NVGD):  # a row at a time stays in the CPU's cache
+            read_VGD = codec.decode(as_tensors({name: array[row : row + 1] for name, array in stored.items()}))[0]
+            finite_VGD = torch.isfinite(read_VGD)
+            there_VG = finite_VGD.all(dim=-1)
+            valid[row] = bool(there_VG.all())
+            read_ND, given_ND = read_VGD.flatten(0, 1), given_VGD.flatten(0, 1)
+            if not valid[row]:
+                non_finite += int((~finite_VGD).sum())
+                read_ND, given_ND = read_VGD[there_VG], given_VGD[there_VG]
+            if not len(read_ND):
+                continue
+            low, high = (float(value) for value in read_ND.aminmax())
+            lowest, highest = min(lowest, low), max(highest, high)
+            if max(-low, high) > _SQUARE_FITS_FLOAT32:
+                read_ND, given_ND = read_ND.double(), given_ND.double()
+            if not count:
+                shift_D = given_ND.double().mean(dim=0).to(given_ND.dtype)
+            error_ND = read_ND - given_ND
+            largest_error = max(largest_error, float(error_ND.abs().max()))
+            error_D += error_ND.square().sum(dim=0)
+            for values_ND, total_D, square_D in (
+                (read_ND - shift_D, read_D, read_squares_D),
+                (given_ND - shift_D, given_D, given_squares_D),
+            ):
+                total_D += values_ND.sum(dim=0)
+                square_D += values_ND.square().sum(dim=0)
+            norms += float(read_ND.norm(dim=-1).sum())
+            count += len(read_ND)
+        n = max(count, 1)
+        read = _Moments(count, shift_D + read_D / n, read_squares_D - read_D**2 / n)
+        given = _Moments(count, shift_D + given_D / n, given_squares_D - given_D**2 / n)
+        valid_rows = tuple(valid.tolist())
+        return cls(valid_rows, non_finite, lowest, highest, largest_error, norms, error_D, read, given)
+
+    def __add__(self, other: "TokenSums") -> "TokenSums":
+        return TokenSums(
+            valid=self.valid + other.valid,
+            non_finite=self.non_finite + other.non_finite,
+            lowest=min(self.lowest, other.lowest),
+            highest=max(self.highest, other.highest),
+            largest_error=max(self.largest_error, other.largest_error),
+            norms=self.norms + other.norms,
+            error_D=self.error_D + other.error_D,
+            read=self.read + other.read,
+            given=self.given + other.given,
+        )
+
+    @classmethod
+    def total(cls, blocks: Sequence["TokenSums"]) -> "TokenSums":
+        """Of all blocks, in their order; at least one."""
+        return functools.reduce(cls.__add__, blocks)
+
+    def statistics(self) -> ShardStatistics:
+        """The summary, when these are all rows of the shard."""
+        count, mean_D = max(self.read.count, 1), self.read.mean_D
+        varies_D = self.given.variance_D > 0
+        relative_D = (self.error_D / count)[varies_D] / self.given.variance_D[varies_D]
+        return ShardStatistics(
+            min=self.lowest if self.read.count else None,
+            max=self.highest if self.read.count else None,
+            mean_norm=self.norms / count,
+            non_finite=self.non_finite,
+            mean=float(mean_D.mean()),
+            std=float((self.read.variance_D + (mean_D - mean_D.mean()) ** 2).mean().sqrt()),
+            valid_rows=np.packbits(self.valid).tobytes().hex(),
+            codec_max_error=self.largest_error,
+            codec_rms_error=float(relative_D.mean().sqrt()) if len(relative_D) else 0.0,
+        )

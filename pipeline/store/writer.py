@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from geomcache.cache_schemas.manifest import MANIFEST_NAME, Manifest, ShardCommi
 from geomcache.pipeline.files import TEMPORARY_SUFFIX, remove_leftovers, require_own_folder, write_atomic
 from geomcache.pipeline.store.commits import GROUP_ATTRIBUTES, zarr_metadata
 from geomcache.pipeline.store.lock import LOCK_NAME
-from geomcache.pipeline.store.shard_file import write_shard
+from geomcache.pipeline.store.shard_file import ShardFile
 
 CARD_NAME = "README.md"
 
@@ -75,6 +76,70 @@ def require_same(path: Path, manifest: Manifest) -> Manifest | None:
     return standing
 
 
+class ShardSink:
+    """One shard on its way into a cache; use as a context manager: blocks of rows in order, then ``commit``.
+
+    Args:
+        path: the cache's folder.
+        manifest: of the cache.
+        shard: its number.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, shard: int) -> None:
+        self._path, self._manifest, self._shard = path, manifest, shard
+        self._rows = shard_rows(shard, manifest.rows, manifest.rows_per_shard)
+        self._taken, self._seconds = 0, 0.0
+
+    def __enter__(self) -> "ShardSink":
+        with ExitStack() as stack:
+            self._files = {}
+            for name, spec in self._manifest.arrays.items():
+                file = inside(self._path, shard_path(name, self._shard, len(spec.row_shape)))
+                compressed = spec.compression is not None
+                self._files[name] = stack.enter_context(
+                    ShardFile(file, self._manifest.rows_per_shard, compressed=compressed)
+                )
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._open.__exit__(*problem)  # empty after a commit
+
+    def append(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take the next rows of every array; they must not change before the commit."""
+        started = time.perf_counter()
+        taken = {len(arrays[name]) for name in self._files}
+        assert len(taken) == 1, {name: array.shape for name, array in arrays.items()}
+        for name, spec in self._manifest.arrays.items():
+            assert arrays[name].shape[1:] == spec.row_shape, (arrays[name].shape, spec)
+            assert arrays[name].dtype == np.dtype(spec.dtype), (arrays[name].dtype, spec)
+            self._files[name].append(arrays[name])
+        self._taken += taken.pop()
+        self._seconds += time.perf_counter() - started
+
+    def commit(self, statistics: ShardStatistics, seconds: Mapping[str, float]) -> ShardCommit:
+        """Publish the shard's files, then its record; ``seconds`` are of the other stages, writing is added."""
+        started = time.perf_counter()
+        assert self._taken == len(self._rows), (self._taken, self._rows)
+        for file in self._files.values():
+            file.finish()
+        self._open.close()
+        written = {name: file.written for name, file in self._files.items()}
+        commit = ShardCommit(
+            shard=self._shard,
+            first_row=self._rows.start,
+            rows=len(self._rows),
+            cache_id=self._manifest.recipe.fingerprint.cache_id,
+            digests={name: file.sha256 for name, file in written.items()},
+            sizes={name: file.bytes for name, file in written.items()},
+            row_crc32c={name: file.row_crc32c for name, file in written.items()},
+            statistics=statistics,
+            seconds={**seconds, "write": self._seconds + time.perf_counter() - started},
+        )
+        write_atomic(inside(self._path, commit_path(self._shard)), seal(commit))
+        return commit
+
+
 def commit_shard(
     path: Path,
     manifest: Manifest,
@@ -82,31 +147,12 @@ def commit_shard(
     arrays: Mapping[str, NDArray[Any]],
     *,
     statistics: ShardStatistics,
-    seconds: dict[str, float],
+    seconds: Mapping[str, float],
 ) -> ShardCommit:
     """Write every array of one shard, then its commit record."""
-    rows = shard_rows(shard, manifest.rows, manifest.rows_per_shard)
-    started = time.perf_counter()
-    written = {}
-    for name, spec in manifest.arrays.items():
-        array = arrays[name]
-        assert array.shape == (len(rows), *spec.row_shape), (array.shape, spec)
-        assert array.dtype == np.dtype(spec.dtype), (array.dtype, spec)
-        file = inside(path, shard_path(name, shard, len(spec.row_shape)))
-        written[name] = write_shard(file, array, manifest.rows_per_shard, compressed=spec.compression is not None)
-    commit = ShardCommit(
-        shard=shard,
-        first_row=rows.start,
-        rows=len(rows),
-        cache_id=manifest.recipe.fingerprint.cache_id,
-        digests={name: file.sha256 for name, file in written.items()},
-        sizes={name: file.bytes for name, file in written.items()},
-        row_crc32c={name: file.row_crc32c for name, file in written.items()},
-        statistics=statistics,
-        seconds={**seconds, "write": time.perf_counter() - started},
-    )
-    write_atomic(inside(path, commit_path(shard)), seal(commit))
-    return commit
+    with ShardSink(path, manifest, shard) as sink:
+        sink.append(arrays)
+        return sink.commit(statistics, seconds)
 
 
 def inside(cache: Path, name: str) -> Path:

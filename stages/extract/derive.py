@@ -21,12 +21,12 @@ from geomcache.pipeline.store.objects import is_remote
 from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.pipeline.store.statistics import (
     STATISTICS_ROWS,
+    TokenSums,
     channel_statistics,
     even_rows,
     rows_in_blocks,
-    shard_statistics,
 )
-from geomcache.pipeline.store.writer import commit_shard, create_or_open, require_same, standing_manifest
+from geomcache.pipeline.store.writer import ShardSink, create_or_open, require_same, standing_manifest
 from geomcache.pipeline.tokens import StoredForm, stored_digest
 from geomcache.stages.extract.plan import (
     finished_shards,
@@ -35,6 +35,8 @@ from geomcache.stages.extract.plan import (
     require_enough_tokens,
     statistics_of,
 )
+
+_BLOCK_ROWS = 32
 
 
 class DeriveConfig(Schema):
@@ -147,11 +149,17 @@ def _statistics(config: DeriveConfig, source: CachedTokens) -> ChannelStatistics
 
 
 def _derive_shard(out: Path, manifest: Manifest, form: StoredForm, source: CachedTokens, shard: int) -> None:
-    started = time.perf_counter()
-    tokens = source.tokens(shard_rows(shard, manifest.rows, manifest.rows_per_shard))
-    read = time.perf_counter()
-    given = form.prepare(tokens, from_source=True)
-    stored = form.codec.encode(given)
-    statistics = shard_statistics(form.codec, given, stored)
-    seconds = {"read": read - started, "encode": time.perf_counter() - read}
-    commit_shard(out, manifest, shard, stored, statistics=statistics, seconds=seconds)
+    rows = shard_rows(shard, manifest.rows, manifest.rows_per_shard)
+    seconds, sums = {"read": 0.0, "store": 0.0}, []
+    with ShardSink(out, manifest, shard) as sink:
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            started = time.perf_counter()
+            tokens = source.tokens(rows[start : start + _BLOCK_ROWS])
+            read = time.perf_counter()
+            given = form.prepare(tokens, from_source=True)
+            stored = form.codec.encode(given)
+            sums.append(TokenSums.of(form.codec, given, stored))
+            seconds["read"] += read - started
+            seconds["store"] += time.perf_counter() - read
+            sink.append(stored)
+        sink.commit(TokenSums.total(sums).statistics(), seconds)

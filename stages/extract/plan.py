@@ -20,6 +20,8 @@ from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.reader import open_manifest
 from geomcache.pipeline.store.writer import create_or_open, require_same, standing_manifest
 from geomcache.pipeline.tokens import build_codec, build_encoder, token_recipe
+from geomcache.stages.extract.cluster import device_of_cluster
+from geomcache.stages.extract.frames_to_tokens import OnError
 from geomcache.stages.extract.sample import sample_statistics
 
 
@@ -35,8 +37,11 @@ class ExtractConfig(Schema):
     # Cache whose channel statistics to take (codec int8, pooled tokens), so that several packs can be trained on
     # together; None: from a sample of this pack.
     statistics_from: str | None = None
-    workers: int = Field(default=1, ge=1)  # encoders running side by side, one per GPU or CPU core
+    workers: int | None = Field(default=None, ge=1)  # encoders side by side; None: one per GPU, or one on a CPU
     device: str = "auto"  # auto | cpu | cuda
+    cpus_per_worker: int | None = Field(default=None, ge=1)  # threads that decode and store; None: 1, beside a GPU <= 8
+    gpus_per_worker: float = Field(default=1.0, gt=0)  # 0.5: two workers share a GPU
+    on_error: OnError = "stop"  # a row that cannot be read or encoded: stop | mask (its tokens are NaN, left out later)
     ray_address: str | None = None  # an existing cluster; None: a local one for this run
 
 
@@ -48,27 +53,32 @@ class ExtractPlan:
     manifest: Manifest
     remaining: tuple[int, ...]
     device: str
+    non_commercial: bool  # by the licence of the weights
 
 
-def make_plan(config: ExtractConfig) -> ExtractPlan:
+def make_plan(config: ExtractConfig, *, rough: bool = False) -> ExtractPlan:
     """Check everything that can be checked; writes nothing.
+
+    ``rough``: for an estimate; the channel statistics are not taken from a sample but made up.
 
     Raises:
         InputError, PackDamaged, CacheStale, CacheDamaged, UnknownName, ConfigError: by name, before any work.
     """
     with PackReader(config.pack) as pack:
-        device = resolve_device(config.device)
+        device = device_of_cluster(config.device) if config.ray_address else resolve_device(config.device)
         encoder = build_encoder(config.encoder, config.encoder_config, pack.info.contract, device=None)
         require_enough_tokens(encoder.spec, config.pool)
         recipe = token_recipe(encoder, pack.info.contract, pack.info.digest, config.codec, pooled_to=config.pool)
         if config.pool is not None or plugins.load("codec", recipe.spec.codec).needs_statistics:
-            statistics = _statistics(config, recipe, pack, device)
+            made_up = ChannelStatistics(mean=(0.0,) * recipe.spec.dim, std=(1.0,) * recipe.spec.dim, rows=1)
+            known = config.statistics_from is not None or standing_manifest(config.out) is not None
+            statistics = made_up if rough and not known else _statistics(config, recipe, pack, device)
             storage = {**recipe.spec.storage, "channel_statistics": statistics}
             recipe = token_recipe(encoder, pack.info.contract, pack.info.digest, **storage)
         else:
             refuse_unused_statistics(config.statistics_from, recipe.spec)
         rows, rows_per_shard = len(pack), pack.info.request.rows_per_shard
-    return plan_with(config, new_manifest(recipe, rows, rows_per_shard), device)
+    return plan_with(config, new_manifest(recipe, rows, rows_per_shard), device, encoder.non_commercial)
 
 
 def new_manifest(recipe: TokenRecipe, rows: int, rows_per_shard: int, derived_from: str | None = None) -> Manifest:
@@ -83,11 +93,12 @@ def new_manifest(recipe: TokenRecipe, rows: int, rows_per_shard: int, derived_fr
     )
 
 
-def plan_with(config: ExtractConfig, manifest: Manifest, device: str) -> ExtractPlan:
+def plan_with(config: ExtractConfig, manifest: Manifest, device: str, non_commercial: bool) -> ExtractPlan:
     """What is missing of this cache in ``config.out``."""
     standing = require_same(config.out, manifest)
     done = finished_shards(config.out, standing) if standing is not None else set()
-    return ExtractPlan(config, standing or manifest, tuple(k for k in range(manifest.shards) if k not in done), device)
+    remaining = tuple(shard for shard in range(manifest.shards) if shard not in done)
+    return ExtractPlan(config, standing or manifest, remaining, device, non_commercial)
 
 
 def finished_shards(out: Path, manifest: Manifest) -> set[int]:
@@ -98,7 +109,7 @@ def finished_shards(out: Path, manifest: Manifest) -> set[int]:
 def begin(plan: ExtractPlan) -> ExtractPlan:
     """Make the cache's folder (under its write lock), and see again what is missing."""
     create_or_open(plan.config.out, plan.manifest, data_card(plan.manifest))
-    return plan_with(plan.config, plan.manifest, plan.device)
+    return plan_with(plan.config, plan.manifest, plan.device, plan.non_commercial)
 
 
 def _statistics(config: ExtractConfig, recipe: TokenRecipe, pack: PackReader, device: str) -> ChannelStatistics:
@@ -115,7 +126,7 @@ def _statistics(config: ExtractConfig, recipe: TokenRecipe, pack: PackReader, de
                 fix="choose another --out, or delete this folder if it is not needed",
             )
         return found
-    return sample_statistics(config.pack, recipe, len(pack), device, config.ray_address)
+    return sample_statistics(config.pack, recipe, len(pack), device, config.ray_address, config.on_error)
 
 
 def statistics_of(wanted: TokenRecipe, where: str) -> ChannelStatistics:

@@ -50,6 +50,7 @@ def extract(pack: Path, out: Path, codec: str, grid: tuple[int, int] = (4, 4)) -
         worker = ShardWorker(pack, out, plan.manifest, plan.device)
         for shard in plan.remaining:
             worker.run(shard)
+        worker.close()
 
 
 def derive(source: Path, out: Path, progress: Callable[[int, int], None] = nothing) -> None:
