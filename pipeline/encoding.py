@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.interfaces import GeometryEncoder
@@ -59,6 +61,20 @@ def slot_deviation(encoder: GeometryEncoder, frames: FrameBatch) -> float:
     alone = torch.cat([encode_padded(encoder, frames[row : row + 1]) for row in range(min(len(frames), 2))])
     differences = torch.cat([(turned - straight).abs().flatten(), (alone - straight[: len(alone)]).abs().flatten()])
     return float(differences.nan_to_num(0.0).max())
+
+
+def gflop_per_row(encoder: GeometryEncoder, frames: FrameBatch) -> float:
+    """Floating point operations of a time step in 10^9 (a multiplication and an addition are two), of matrix products,
+    convolutions and attention.
+
+    Args:
+        encoder: loaded.
+        frames: ``encoder_batch_size`` rows.
+    """
+    # The counter does not see a CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        encode_padded(encoder, frames)
+    return float(counter.get_total_flops()) / encoder.spec.encoder_batch_size / 1e9
 
 
 @contextmanager

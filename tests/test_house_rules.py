@@ -59,8 +59,9 @@ def test_cache_schemas_import_no_torch_ray_or_zarr() -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads(name: str) -> None:
     kind = name.split("/")[0]
-    if kind in ("train", "eval"):  # their data and run come from the command line
+    if kind in ("extract", "train", "eval"):  # their data and run come from the command line
         options = {
+            "extract": {"pack": "p", "out": "x"},
             "train": {"out": "x", "data": [{"pack": "p", "cache": "c"}]},
             "eval": {"run": "r", "out": "x"},
         }[kind]
@@ -71,12 +72,14 @@ def test_every_preset_loads(name: str) -> None:
 
 
 OPTIONS = {
+    "encoders": "--json",
     "demos": "--suite --task --episodes --out --seed --noise --workers --replay --config --set --json",
     "pack build": "SOURCES --out --workers --kind --on-error --drop-no-ops --rows-per-shard --config --set --json",
     "pack info": "PACK --verify --json",
     "pack check": "SOURCE --kind --episodes --set --json",
     "pack show": "PACK --row --out",
-    "extract": "--pack --encoder --out --codec --pool --statistics-from --workers --unlock --config --set --json",
+    "extract": "--pack --encoder --out --codec --pool --statistics-from --workers --on-error --ray-address --dry-run "
+    "--rows --assume-tflops --unlock --config --set --json",
     "train": "--pack --cache --out --compressor --steps --seed --config --set --json",
     "eval": "RUN --suite --tasks --episodes --seed --out --encoder --cameras --image-orientation --config --set --json",
     "cache ls": "FOLDER --json",
@@ -84,9 +87,10 @@ OPTIONS = {
     "cache verify": "CACHE --repair --pack --unlock --json",
     "cache derive": "CACHE --out --pool --codec --statistics-from --unlock --json",
     "cache stats": "CACHE --rows --out --json",
-    "cache show": "CACHE --pack --row --episode --out --json",
+    "cache show": "CACHE --pack --row --episode --every --out --json",
     "cache diff": "A B --rows --json",
     "cache bench": "CACHE --batch --rows --seconds --json",
+    "cache probe": "CACHE --pack --against --rows --json",
     "report": "FOLDER --out --title --json",
     "quickstart": "--out --config --set --json",
 }

@@ -111,7 +111,8 @@ def require_model_name(folder: Path, expected: str) -> None:
 def load_strictly(module: nn.Module, path: Path, prefix: str, also_allowed: Sequence[str]) -> None:
     """Fill every tensor of ``module`` from a safetensors file, in place, in the module's own dtype.
 
-    Only tensors under ``prefix`` are read.
+    Only tensors under ``prefix`` are read. Names that share one tensor in the module (tied weights) need only one of
+    them in the file, as ``safetensors.torch.save_model`` writes it; no other name may be missing.
 
     Args:
         module: its state dict names are the file's names less ``prefix``.
@@ -120,16 +121,19 @@ def load_strictly(module: nn.Module, path: Path, prefix: str, also_allowed: Sequ
         also_allowed: prefixes of other parts that the file may hold; any other key is an error.
 
     Raises:
-        InputError: a file that is no safetensors file or is truncated; missing, unexpected or misshapen keys.
+        InputError: a file that is no safetensors file or is truncated; missing, unexpected or misshapen keys;
+            stored names of one tensor that differ.
     """
     from safetensors import SafetensorError, safe_open
 
-    state = module.state_dict()
+    state = module.state_dict(keep_vars=True)  # the tensors themselves: tied names are one object
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             stored = set(file.keys())
             wanted = {prefix + name for name in state}
-            _refuse(path, "lacks", sorted(wanted - stored))
+            had = {id(own) for name, own in state.items() if prefix + name in stored}
+            _refuse(path, "lacks", sorted(prefix + name for name, own in state.items() if id(own) not in had))
+            state = {name: own for name, own in state.items() if prefix + name in stored}
             foreign = [key for key in sorted(stored - wanted) if not key.startswith(tuple(also_allowed))]
             _refuse(path, "has unexpected", foreign)
             shapes = {name: list(file.get_slice(prefix + name).get_shape()) for name in state}
@@ -142,9 +146,17 @@ def load_strictly(module: nn.Module, path: Path, prefix: str, also_allowed: Sequ
                     if shapes[name] != list(own.shape)
                 ],
             )
+            filled: set[int] = set()
+            differing = []
             with torch.no_grad():
                 for name, own in state.items():
-                    own.copy_(file.get_tensor(prefix + name))
+                    value = file.get_tensor(prefix + name).to(own.dtype)
+                    if id(own) not in filled:
+                        own.copy_(value)
+                    elif not torch.equal(own, value):
+                        differing.append(prefix + name)
+                    filled.add(id(own))
+            _refuse(path, "has another value of a shared tensor under", differing)
     except (SafetensorError, OSError) as problem:
         raise InputError(
             f"{path} cannot be read",

@@ -3,14 +3,29 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import ContractMismatch, InputError
 from geomcache.cache_schemas.token_spec import TokenSpec
+from geomcache.pipeline.encoding import one_thread
 from geomcache.pipeline.frames import FrameBatch
+
+PATCH = 14  # pixels, of every DINOv2
+
+
+def _whole_patches(pixels: int) -> int:
+    if pixels < PATCH or pixels % PATCH:
+        below = max(PATCH, pixels // PATCH * PATCH)
+        raise ValueError(f"a multiple of {PATCH} pixels, such as {below} or {below + PATCH}")
+    return pixels
+
+
+PatchedPixels = Annotated[int, AfterValidator(_whole_patches)]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,6 +46,42 @@ def precision(device: torch.device, compute_dtype: str) -> Iterator[None]:
     half = compute_dtype != "float32"
     with torch.no_grad(), torch.autocast(device.type, dtype=_DTYPES.get(compute_dtype), enabled=half):
         yield
+
+
+@contextmanager
+def compiling(encoder: str, device: torch.device) -> Iterator[None]:
+    """For the first call of a compiled network: what cannot be compiled is an ``InputError`` before work begins.
+
+    Compiled code is for the number of threads it was made with: one, as ``encode_padded`` always has.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        with one_thread():
+            yield
+    except TorchDynamoException as problem:
+        raise InputError(
+            f"encoder {encoder} cannot be compiled on {device}",
+            expected="torch.compile to work; on a CPU it needs a C++ compiler",
+            found=" ".join(str(problem).splitlines()[:2]),
+            fix="leave `compile` out, or install g++",
+        ) from problem
+
+
+def resample(map_BVHWD: torch.Tensor, target_hw: tuple[int, int]) -> torch.Tensor:
+    """A map on any grid -> tokens [B, V, G, D] on a grid of ``target_hw`` rows and columns.
+
+    Antialiased bilinear, as ``image_path.prepare``; nothing happens when the grid is right already.
+    """
+    B, V, H, W, D = map_BVHWD.shape
+    if target_hw != (H, W):
+        # Channel-first and contiguous: the kernel is picked by layout, and its bits with it.
+        planes = map_BVHWD.permute(0, 1, 4, 2, 3).reshape(B * V, D, H, W).contiguous()
+        planes = torch.nn.functional.interpolate(
+            planes, target_hw, mode="bilinear", antialias=True, align_corners=False
+        )
+        map_BVHWD = planes.reshape(B, V, D, *target_hw).permute(0, 1, 3, 4, 2)
+    return map_BVHWD.reshape(B, V, -1, D).contiguous()
 
 
 def require_upright(contract: Contract, encoder: str) -> None:

@@ -1,32 +1,38 @@
-"""Depth-Anything-3's multi-view backbone: the views of one time step -> patch tokens that know each other.
+"""Depth-Anything-3: the views of one time step -> tokens that know each other, or the maps its head makes of them.
 
-Built from the package's own classes (depth-anything-3 0.1.1, code Apache-2.0); only the backbone, the heads
-are not needed for features. Non-obvious:
+Built from the package's own classes (depth-anything-3 0.1.1, code Apache-2.0; ``_da3_package``). Taps:
+
+- ``features.local|global|both`` of one block of the backbone (``block``, default the last). Local: the output of the
+  last per-view block up to it, not normalised. Global: its own output, across views, after LayerNorm. Blocks attend
+  across views when they are odd and not below the model's ``cross_view_from``; global and both need such a block. Local
+  of an odd one is its predecessor's output.
+- ``ray``: direction (3), origin (3), confidence (1). Directions have no unit length: where the package finds cameras
+  from them it divides by their third number, so nothing is renormalised after averaging either.
+- ``depth``: depth and confidence; the model's own scale, one for the views of a row, not metres. ``depth.ray``: all 9.
+
+Confidences are exp + 1, so above 1. Maps are brought to the patch grid or to ``geom_target_hw`` by the image path's
+rule, torch's antialiased bilinear in float32: every pixel counts, and weights do not jump where the sizes do not
+divide, as those of an area mean do. At depth edges it gives values between the surfaces. Non-obvious:
 
 - The views are a real axis: [B, V, 3, H, W]. View 0 is the reference (``ref_view_strategy="first"``), so view
   order matters and one view's tokens depend on all views.
-- A feature is two halves of width C: the last per-view block, not normalised ("local"), and the last
-  cross-view block, after LayerNorm ("global").
-- The package's own loader is not strict. Stored checkpoints lack 6 of the module's keys, because four
-  auxiliary levels share one LayerNorm (``head.scratch.output_conv2_aux.[0..3].2``). All 6 are in the head, so
-  the backbone is loaded with no exception at all, and of the other parts only the names are checked.
-- Importing the package registers an OmegaConf resolver "eval" (Python's eval); it is taken out again at once,
-  and no YAML is read: the sizes stand in ``MODELS`` (a test compares them with the package's files).
+- The package's API is not what is called, because it is not right for this: ``inference(list)`` takes the list as
+  one scene and its autocast is float16 even on a CPU; ``forward`` deletes the rays whenever there is a camera
+  decoder; auxiliary features of three or more views come back in another order than the views.
+- The head is given one time step at a time, in float32 outside autocast. Its own chunking counts views, so with two
+  of them it never splits; a fixed step gives a row the same bits in every slot, and memory that does not grow.
+- The package's own loader is not strict; ours is, for the parts that run.
 """
 
-import os
-import warnings
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.errors import InputError, MissingDependency
-from geomcache.cache_schemas.fingerprint import NOT_IN_FINGERPRINT
+from geomcache.cache_schemas.fingerprint import IN_FINGERPRINT_UNLESS_DEFAULT, NOT_IN_FINGERPRINT
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline.devices import require_device
 from geomcache.pipeline.encoders._checkpoints import (
@@ -37,57 +43,38 @@ from geomcache.pipeline.encoders._checkpoints import (
     require_model_name,
 )
 from geomcache.pipeline.encoders._common import (
+    PATCH,
+    Checkpoint,
+    PatchedPixels,
     check_batch,
+    compiling,
     frame_size,
+    precision,
     require_upright,
+    resample,
 )
+from geomcache.pipeline.encoders._da3_package import INSTALL as INSTALL
+from geomcache.pipeline.encoders._da3_package import MODELS, build_backbone, build_head, fix_rope
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.image_path import IMAGENET_MEAN, IMAGENET_STD, prepare
 from geomcache.pipeline.interfaces import Need
 
-PATCH = 14  # pixels
-DEFAULT_CODEC = "bf16"
-INSTALL = "pip install --no-deps depth-anything-3==0.1.1 && pip install 'geomcache[encoders]'"
+CHECKPOINTS = tuple(
+    Checkpoint(
+        f"depth-anything/{model.upper()}",
+        size.license,
+        size.non_commercial,
+        f"model={model}: {size.blocks} blocks, {size.width} numbers a token",
+    )
+    for model, size in MODELS.items()
+    if model != "tiny"
+)
+PACKAGES = ("depth_anything_3", "addict", "einops", "omegaconf")
 
-_PREFIX = "model.backbone."
-_NON_COMMERCIAL = "CC BY-NC 4.0 (non-commercial)"
+_MAP_DIM = {"depth": 2, "ray": 7}  # with the confidence
 
-
-@dataclass(frozen=True)
-class Size:
-    """One model of the package's registry; the numbers of its configs/*.yaml."""
-
-    model_name: str  # as in the package's registry and in a checkpoint's config.json
-    vit: str  # name of the package's DINOv2 builder
-    width: int  # C
-    blocks: int
-    last_layer: int  # the last of the layers the package's heads read
-    cross_view_from: int  # first block that may attend across views; qk-norm and rope start there too
-    license: str  # of the published weights
-    other_parts: tuple[str, ...] = ("model.head.", "model.cam_enc.", "model.cam_dec.")  # known, not loaded
-
-
-_GAUSSIANS = ("model.gs_head.", "model.gs_adapter.")
-
-MODELS = {
-    # The package's own transformer class, small; there are no published weights of it.
-    "tiny": Size("tiny", "", 64, 6, 5, 2, "unknown (not a published model)"),
-    "da3-small": Size("da3-small", "vits", 384, 12, 11, 4, "Apache-2.0"),
-    "da3-base": Size("da3-base", "vitb", 768, 12, 11, 4, "Apache-2.0"),
-    "da3-large-1.1": Size("da3-large", "vitl", 1024, 24, 23, 8, _NON_COMMERCIAL),
-    "da3-giant-1.1": Size("da3-giant", "vitg", 1536, 40, 39, 13, _NON_COMMERCIAL, (*Size.other_parts, *_GAUSSIANS)),
-}
-
-
-def _whole_patches(pixels: int) -> int:
-    if pixels < PATCH or pixels % PATCH:
-        below = max(PATCH, pixels // PATCH * PATCH)
-        raise ValueError(f"a multiple of {PATCH} pixels, such as {below} or {below + PATCH}")
-    return pixels
-
-
-Pixels = Annotated[int, AfterValidator(_whole_patches)]
-Tap = Literal["features.global", "features.local", "features.both"]
+Cells = Annotated[int, Field(ge=1)]
+Tap = Literal["features.global", "features.local", "features.both", "ray", "depth", "depth.ray"]
 
 
 class Config(Schema):
@@ -97,12 +84,18 @@ class Config(Schema):
     # A folder as DepthAnything3.save_pretrained writes it, or a hub id; "random": from `seed`; None: "random" for tiny.
     weights: str | None = Field(None, json_schema_extra=NOT_IN_FINGERPRINT)
     seed: int = Field(0, ge=0, json_schema_extra=NOT_IN_FINGERPRINT)
-    # H, W the model sees. 256-pixel frames: 224 or 252; the package's own 504 only invents pixels.
-    process_size: tuple[Pixels, Pixels] = (224, 224)
-    # Half of the last feature: cross-view (normalised), per-view (not normalised), or both, local first.
+    # H, W the model sees. 256-pixel frames: 224, better 252; the package's own 504 only invents pixels, at 4x the cost.
+    process_size: tuple[PatchedPixels, PatchedPixels] = (224, 224)
     tap: Tap = "features.global"
+    # Of the backbone, counted from 0; features only. Blocks after it are not run.
+    block: int | None = Field(None, ge=0, json_schema_extra=IN_FINGERPRINT_UNLESS_DEFAULT)
+    # Token rows and columns per view; None: one token a patch.
+    geom_target_hw: tuple[Cells, Cells] | None = Field(None, json_schema_extra=IN_FINGERPRINT_UNLESS_DEFAULT)
     batch_size: int = Field(4, ge=1)  # time steps per forward pass
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
+    # Halves are autocast of the backbone; weights and the head stay float32.
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # torch.compile of the backbone: a minute at the start, other last bits, a quarter less time on a CPU.
+    compile: bool = Field(False, json_schema_extra=IN_FINGERPRINT_UNLESS_DEFAULT)
 
     @model_validator(mode="after")
     def _random_only_on_request(self) -> Self:
@@ -113,18 +106,36 @@ class Config(Schema):
             )
         return self
 
+    @model_validator(mode="after")
+    def _block_has_what_the_tap_names(self) -> Self:
+        if self.block is None:
+            return self
+        size = MODELS[self.model]
+        if self.maps:
+            raise ValueError(f"block is for features; the head behind tap {self.tap} reads blocks {size.out_layers}")
+        allowed = range(size.blocks) if self.tap == "features.local" else size.cross_view_blocks
+        if self.block not in allowed:
+            raise ValueError(
+                f"tap {self.tap} of {self.model} is there for block {', '.join(map(str, allowed))}, not {self.block}"
+            )
+        return self
+
     @property
     def is_random(self) -> bool:
         """Whether the weights come from the seed."""
         return self.weights in (None, "random")
 
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The head's maps that make up a token, in order; none for features."""
+        return () if self.tap.startswith("features.") else tuple(self.tap.split("."))
+
 
 class Encoder:
-    """RGB frames -> Depth-Anything-3 features [B, V, G, C or 2C]."""
+    """RGB frames -> Depth-Anything-3 tokens [B, V, G, D]; D = C or 2C for features, 7 ray, 2 depth, 9 depth.ray."""
 
     version = 1
     needs: frozenset[Need] = frozenset({"images"})
-    default_codec = DEFAULT_CODEC
 
     def __init__(self, config: Config, contract: Contract) -> None:
         """``ContractMismatch`` for frames that are not upright, ``InputError`` for differing view sizes."""
@@ -132,21 +143,28 @@ class Encoder:
         self._frame_hw = frame_size(contract, "depth_anything3")
         self.config = config
         self._size = MODELS[config.model]
-        height, width = config.process_size
+        features = self._size.width * (2 if config.tap == "features.both" else 1)
+        self._patches = (config.process_size[0] // PATCH, config.process_size[1] // PATCH)
         self.spec = TokenSpec(
             encoder="depth_anything3",
-            tap=config.tap,
+            tap=config.tap if config.block is None else f"{config.tap}.block{config.block}",
             cameras=contract.camera_names,
-            grid=(height // PATCH, width // PATCH),
-            dim=self._size.width * (2 if config.tap == "features.both" else 1),
+            grid=config.geom_target_hw or self._patches,
+            dim=sum(_MAP_DIM[name] for name in config.maps) or features,
             image_size=config.process_size,
             encoder_batch_size=config.batch_size,
             compute_dtype=config.compute_dtype,
-            codec=DEFAULT_CODEC,
+            codec=self.default_codec,
         )
-        self._backbone: nn.Module | None = None
+        self._parts: nn.ModuleDict | None = None
+        self._intermediate_layers: Any = None  # the package's method, compiled if asked for
         self._device = torch.device("cpu")
         self._digest: str | None = None
+
+    @property
+    def default_codec(self) -> str:
+        """Maps are small, and bf16 would round a depth by 0.4 %."""
+        return "fp32" if self.config.maps else "bf16"
 
     @property
     def license(self) -> str:
@@ -156,6 +174,11 @@ class Encoder:
         return self._size.license
 
     @property
+    def non_commercial(self) -> bool:
+        """Whether the weights' licence forbids commercial use."""
+        return not self.config.is_random and self._size.non_commercial
+
+    @property
     def description(self) -> str:
         """One line for tables; random weights are called that."""
         weights = f"RANDOM weights (seed {self.config.seed})"
@@ -163,113 +186,99 @@ class Encoder:
         return f"Depth-Anything-3 {self.config.model}, {origin}, {self.license}"
 
     def weights_digest(self) -> str:
-        """Digest of the backbone's named tensors; read on the CPU if they are not loaded yet."""
+        """Digest of the named tensors of the whole backbone, and of the head where it is used; read on the CPU if they
+        are not loaded yet.
+        """
         if self._digest is None:
-            self._digest = module_digest(self._backbone if self._backbone is not None else self._weights())
+            self._digest = _digest(self._parts if self._parts is not None else self._weights())
         return self._digest
 
     def load(self, device: str) -> None:
-        """Build the backbone, fill it, move it to ``device`` and freeze it; a second call only moves it.
+        """Build what the tap needs, fill it, move it to ``device`` and freeze it; a second call only moves it.
 
         Raises:
             MissingDependency: the package is not installed.
-            InputError: weights that do not fit the model key for key; a device that is not there.
+            InputError: weights that do not fit the model key for key; a device that is not there; ``compile`` where
+                torch.compile does not work.
         """
         self._device = require_device(device)
-        backbone = self._backbone if self._backbone is not None else self._weights()
-        self._backbone = backbone.to(self._device).eval().requires_grad_(False)
+        if self._parts is None:
+            parts = self._weights()
+            backbone: Any = parts["backbone"]
+            fix_rope(backbone, self._patches)
+            if self.config.block is not None:
+                self._digest = _digest(parts)  # of all blocks, before those that nobody asked for go
+                backbone.pretrained.blocks = backbone.pretrained.blocks[: self.config.block + 1]
+            self._parts = parts
+        self._parts.to(self._device).eval().requires_grad_(False)
+        transformer: Any = self._parts["backbone"].pretrained
+        self._intermediate_layers = transformer.get_intermediate_layers
+        if self.config.compile:
+            self._compile()
 
     def encode(self, frames: FrameBatch) -> torch.Tensor:
         """[B, V, G, D] float32 on the encoder's device, B = ``spec.encoder_batch_size``; no gradients."""
-        assert self._backbone is not None, "call load(device) first"
+        assert self._parts is not None, "call load(device) first"
         check_batch(frames, self.spec, self._frame_hw)
         images_BVCHW = prepare(frames.images_BVHWC, self.spec.image_size, IMAGENET_MEAN, IMAGENET_STD)
-        autocast = torch.autocast(
-            self._device.type, dtype=torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"
-        )
-        with torch.no_grad(), autocast:
-            transformer: Any = self._backbone.pretrained
-            layers, _ = transformer.get_intermediate_layers(
-                images_BVCHW.to(self._device), [self._size.last_layer], ref_view_strategy="first"
-            )
-        # (tokens, camera token) of the one layer asked for; the tokens no longer hold the camera's slot.
-        halves_BVGD: torch.Tensor = layers[-1][0]
+        layers = self._layers(images_BVCHW.to(self._device))
+        if self.config.maps:
+            rows = range(self.config.batch_size)
+            return torch.cat([self._maps([tokens[row : row + 1] for tokens in layers]) for row in rows])
+        tokens_BVGD = layers[-1]
         C = self._size.width
-        if self.spec.tap == "features.local":
-            halves_BVGD = halves_BVGD[..., :C]
-        elif self.spec.tap == "features.global":
-            halves_BVGD = halves_BVGD[..., C:]
-        return halves_BVGD.float().contiguous()
+        if self.config.tap == "features.local":
+            tokens_BVGD = tokens_BVGD[..., :C]
+        elif self.config.tap == "features.global":
+            tokens_BVGD = tokens_BVGD[..., C:]
+        return resample(tokens_BVGD.unflatten(2, self._patches), self.spec.grid)
 
-    def _weights(self) -> nn.Module:
-        """The backbone on the CPU, filled from the checkpoint or from the seed."""
-        backbone = build_backbone(self.config.model, self.config.seed)
+    def _layers(self, images_BVCHW: torch.Tensor) -> list[torch.Tensor]:
+        """Both halves of the blocks that are needed, float32 [B, V, patches, 2C] each."""
+        block = self._size.last_block if self.config.block is None else self.config.block
+        wanted = list(self._size.out_layers) if self.config.maps else [block]
+        with precision(self._device, self.config.compute_dtype):
+            # Pairs of (tokens, camera token); the tokens no longer hold the camera's slot.
+            layers, _ = self._intermediate_layers(images_BVCHW, wanted, ref_view_strategy="first")
+        return [tokens.float() for tokens, _ in layers]
+
+    def _maps(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        """The head's maps of one time step: [1, V, G, D]."""
+        assert self._parts is not None, "encode asks for it"
+        with precision(self._device, "float32"):
+            # The head wants pairs and reads their first half.
+            out = self._parts["head"]([(tokens,) for tokens in layers], *self.spec.image_size, patch_start_idx=0)
+            maps = {
+                "depth": torch.stack([out.depth, out.depth_conf], dim=-1),
+                "ray": torch.cat([out.ray, out.ray_conf[..., None]], dim=-1),
+            }
+            return torch.cat([resample(maps[name], self.spec.grid) for name in self.config.maps], dim=-1)
+
+    def _compile(self) -> None:
+        """Compile for the one shape and thread count that will be used, now: what fails, fails before work begins."""
+        zeros = torch.zeros((self.config.batch_size, self.spec.views, 3, *self.spec.image_size), device=self._device)
+        self._layers(zeros)  # fills the package's tables, which a compiled call would find changed the second time
+        self._intermediate_layers = torch.compile(self._intermediate_layers, dynamic=False, fullgraph=True)
+        with compiling("depth_anything3", self._device):
+            self._layers(zeros)
+
+    def _weights(self) -> nn.ModuleDict:
+        """The parts that the tap needs on the CPU, filled from the checkpoint or from the seed."""
+        model, seed = self.config.model, self.config.seed
+        parts = nn.ModuleDict({"backbone": build_backbone(model, seed)})
+        if self.config.maps:
+            parts["head"] = build_head(model, seed)
         if self.config.weights is not None and not self.config.is_random:
             folder = checkpoint_folder(self.config.weights)
             require_model_name(folder, self._size.model_name)
-            load_strictly(backbone, folder / WEIGHTS_FILE, _PREFIX, self._size.other_parts)
-        return backbone
+            stored = ("model.backbone.", "model.head.", *self._size.other_parts)
+            for name, part in parts.items():
+                prefix = f"model.{name}."
+                others = [other for other in stored if other != prefix]
+                load_strictly(part, folder / WEIGHTS_FILE, prefix, others)
+        return parts
 
 
-def build_backbone(model: str, seed: int) -> nn.Module:
-    """The package's backbone with random weights: the same for the same seed, whatever the global generator's
-    state.
-
-    Position table and class token, which the package leaves at zero, are drawn as DINOv2 does (normal, 0.02).
-
-    Returns:
-        A module whose ``pretrained`` is the package's DinoVisionTransformer; float32 on the CPU.
-
-    Raises:
-        MissingDependency: the package is not installed.
-        InputError: the installed package's model has other sizes than ``MODELS``.
-    """
-    transformer_class, dinov2_class = _package_classes()
-    size = MODELS[model]
-    starts = dict.fromkeys(("alt_start", "qknorm_start", "rope_start"), size.cross_view_from)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        if model == "tiny":
-            backbone = nn.Module()
-            backbone.pretrained = transformer_class(
-                img_size=518, patch_size=PATCH, embed_dim=size.width, depth=size.blocks, num_heads=2, **starts
-            )
-        else:
-            backbone = dinov2_class(name=size.vit, out_layers=[size.last_layer], cat_token=True, **starts)
-        transformer: Any = backbone.pretrained
-        nn.init.trunc_normal_(transformer.pos_embed, std=0.02)
-        nn.init.normal_(transformer.cls_token, std=0.02)
-    found = (transformer.embed_dim, len(transformer.blocks), transformer.patch_size)
-    if found != (size.width, size.blocks, PATCH):
-        raise InputError(
-            f"the installed depth-anything-3 builds another {model}",
-            expected=f"width {size.width}, {size.blocks} blocks, patch {PATCH}",
-            found=f"width {found[0]}, {found[1]} blocks, patch {found[2]}",
-            fix=INSTALL,
-        )
-    return backbone.eval()
-
-
-def _package_classes() -> tuple[Any, Any]:
-    """(DinoVisionTransformer, DinoV2) of the package, imported without its side effects."""
-    try:
-        from omegaconf import OmegaConf
-
-        known = OmegaConf.has_resolver("eval")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the package's registration of its resolver is deprecated
-            from depth_anything_3.model.dinov2.dinov2 import DinoV2
-            from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
-            from depth_anything_3.utils.logger import LOG_LEVELS, logger
-    except ModuleNotFoundError as problem:
-        raise MissingDependency(
-            "encoder depth_anything3 needs a package that is not installed",
-            expected="depth-anything-3 0.1.1 with addict, einops and omegaconf",
-            found=f"no module named {problem.name}",
-            fix=INSTALL,
-        ) from problem
-    if not known:
-        OmegaConf.clear_resolver("eval")
-    if "DA3_LOG_LEVEL" not in os.environ:
-        logger.level = LOG_LEVELS["WARN"]  # it prints to stdout, where --json results go
-    return DinoVisionTransformer, DinoV2
+def _digest(parts: nn.ModuleDict) -> str:
+    """Caches of features made before there was a head tap carry the digest of the backbone alone."""
+    return module_digest(parts if "head" in parts else parts["backbone"])

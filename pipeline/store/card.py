@@ -1,6 +1,17 @@
 """The data card that stands in a cache as README.md."""
 
+import re
+
 from geomcache.cache_schemas.manifest import Manifest
+
+# The text is all that a cache's record holds, also in caches that stand already; a test holds every encoder's
+# checkpoints to it.
+_NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial", re.IGNORECASE)
+
+
+def names_non_commercial(license_text: str) -> bool:
+    """Whether a licence says by its name that it forbids commercial use: "CC BY-NC 4.0", "... (non-commercial)"."""
+    return _NON_COMMERCIAL.search(license_text) is not None
 
 
 def data_card(manifest: Manifest) -> str:
@@ -16,7 +27,7 @@ def data_card(manifest: Manifest) -> str:
     )
     return f"""# Geometry token cache `{recipe.fingerprint.cache_id}`
 
-Encoder **{spec.encoder}**, tap `{spec.tap}`, licence of its weights: {recipe.encoder.license}.
+Encoder **{spec.encoder}**, tap `{spec.tap}`, licence of its weights: {recipe.encoder.license}.{_warning(manifest)}
 {manifest.rows} rows (time steps) x {spec.views} views ({", ".join(spec.cameras)}) x {spec.tokens_per_view} tokens
 ({spec.grid[0]} x {spec.grid[1]} grid) x {spec.dim} numbers, codec `{spec.codec}`.
 {_history(manifest)}
@@ -29,6 +40,15 @@ Plain Zarr v3 with the sharding codec ({manifest.rows_per_shard} rows a shard, o
 Row i is row i of the pack `{recipe.fingerprint.pack}`. A shard counts only with its record in `commits/`,
 which also says how far the stored tokens are from the encoder's: `geomcache cache info`, `geomcache cache verify`.
 """
+
+
+def _warning(manifest: Manifest) -> str:
+    if not names_non_commercial(manifest.recipe.encoder.license):
+        return ""
+    return (
+        "\n\n**NON-COMMERCIAL**: the licence of these weights forbids commercial use. It may reach tokens made with"
+        "\nthem and policies trained on those tokens.\n"
+    )
 
 
 def _history(manifest: Manifest) -> str:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from geomcache.cache_schemas.base import Schema
-from geomcache.cache_schemas.manifest import ShardCommit
+from geomcache.cache_schemas.errors import CacheDamaged
+from geomcache.cache_schemas.manifest import EXTRACTION_NAME, ExtractionRecord, ShardCommit
 from geomcache.pipeline.store.commits import read_commits, whole_shards
 from geomcache.pipeline.store.local_files import LocalFiles
 from geomcache.pipeline.store.lock import lock_owner
@@ -32,7 +33,8 @@ class CacheOverview(Schema):
     min: float | None
     max: float | None
     mean_norm: float | None
-    non_finite: int
+    non_finite: int  # values
+    rows_not_finite: int  # with at least one such value; rows that were masked are among them
     codec_max_error: float | None
     codec_rms_error: float | None  # each channel divided by its std; of the worst shard
 
@@ -74,9 +76,18 @@ def overview(location: str) -> CacheOverview:
         max=max((high for each in statistics if (high := each.max) is not None), default=None),
         mean_norm=_mean(commits) if rows else None,
         non_finite=sum(each.non_finite for each in statistics),
+        rows_not_finite=sum(commit.invalid_rows for commit in commits),
         codec_max_error=max((e for s in statistics if (e := s.codec_max_error) is not None), default=None),
         codec_rms_error=max((e for s in statistics if (e := s.codec_rms_error) is not None), default=None),
     )
+
+
+def extraction_record(location: str) -> ExtractionRecord | None:
+    """How the cache was made, if `geomcache extract` left its record; ``CacheDamaged`` when that cannot be read."""
+    (data,) = open_files(location).read_many([EXTRACTION_NAME])
+    if isinstance(data, CacheDamaged):
+        raise data
+    return None if data is None else ExtractionRecord.parse(data, f"{location}/{EXTRACTION_NAME}", CacheDamaged)
 
 
 def _mean(commits: list[ShardCommit]) -> float:

@@ -122,7 +122,7 @@ def _verify(
         damaged=dict(sorted(damaged.items())),
         metadata=tuple(wrong),
         non_finite_values=sum(commit.statistics.non_finite for commit in whole),
-        rows_with_non_finite=sum(_invalid_rows(commit) for commit in whole),
+        rows_with_non_finite=sum(commit.invalid_rows for commit in whole),
         pack=_coverage(manifest, pack),
         repaired=repair and bool(damaged or wrong),
         bad_rows={shard: rows for shard, rows in bad_rows.items() if rows},
@@ -161,11 +161,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _invalid_rows(commit: ShardCommit) -> int:
-    mask = commit.statistics.valid_rows
-    return 0 if mask is None else commit.rows - int(mask or "0", 16).bit_count()
 
 
 def _coverage(manifest: Manifest, pack: tuple[str, int] | None) -> str:

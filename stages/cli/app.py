@@ -6,7 +6,7 @@ import sys
 import typer
 
 from geomcache.cache_schemas.errors import GeomcacheError
-from geomcache.stages.cli import cache, demos, evaluate, extract, pack, quickstart, report, train
+from geomcache.stages.cli import cache, demos, encoders, evaluate, extract, pack, quickstart, report, train
 from geomcache.stages.cli.common import EXIT_MISTAKE, say
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("demos")(demos.demos)
 app.add_typer(pack.app, name="pack")
+app.command("encoders")(encoders.encoders)
 app.command("extract")(extract.extract)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)

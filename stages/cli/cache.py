@@ -1,11 +1,11 @@
-"""``geomcache cache``: ls, info, verify, derive; stats, show, diff are in ``cache_look.py``, bench in its own file."""
+"""``geomcache cache``: ls, info, verify, derive; the rest is in ``cache_look``, ``cache_bench`` and ``cache_probe``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geomcache.stages.cli import cache_bench, cache_look
+from geomcache.stages.cli import cache_bench, cache_look, cache_probe
 from geomcache.stages.cli.common import (
     EXIT_FINDING,
     JsonOption,
@@ -58,10 +58,11 @@ def info(
     as_json: JsonOption = False,
 ) -> None:
     """What a cache is: progress, statistics, what it can train, spec, contract, fingerprint."""
-    from geomcache.pipeline.store.overview import overview
+    from geomcache.pipeline.store.overview import extraction_record, overview
     from geomcache.pipeline.store.reader import open_manifest
     from geomcache.stages.train.building import compressors_for
 
+    extraction = extraction_record(cache)
     recipe = open_manifest(cache).recipe
     details = {"spec": recipe.spec, "contract": recipe.contract, "fingerprint": recipe.fingerprint}
     values: dict[str, Any] = {
@@ -70,6 +71,7 @@ def info(
         "geom_dit_tokens": "any" if recipe.spec.pooled_to is None else str(recipe.spec.pooled_to),
         **{name: value.model_dump(mode="json") for name, value in details.items()},
         "encoder_config": recipe.encoder.config,
+        "extraction": None if extraction is None else extraction.model_dump(mode="json"),
     }
     statistics = recipe.spec.channel_statistics
     if statistics is not None and not as_json:
@@ -167,6 +169,7 @@ def derive(
 app.command("stats")(cache_look.stats)
 app.command("show")(cache_look.show)
 app.command("diff")(cache_look.diff)
+app.command("probe")(cache_probe.probe)
 app.command("bench")(cache_bench.bench)
 
 

@@ -46,11 +46,14 @@ def show(
     cache: CacheArgument,
     pack: Annotated[Path | None, typer.Option(help="The cache's pack, for the frames beside the tokens.")] = None,
     row: Annotated[int | None, typer.Option(help="Draw this row.")] = None,
-    episode: Annotated[int | None, typer.Option(help="Draw a strip of this episode of the pack.")] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("tokens.png"),
+    episode: Annotated[
+        int | None, typer.Option(help="Draw this episode of the pack: as a strip, or as a film (--out X.mp4).")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="Of a film: only each n-th step; it plays as fast as ever.")] = 1,
+    out: Annotated[Path, typer.Option(help="PNG or MP4 to write.")] = Path("tokens.png"),
     as_json: JsonOption = False,
 ) -> None:
-    """Draw tokens beside their frames: one row (default: the first), or an episode as a strip."""
+    """Draw tokens beside their frames: one row (default: the first), or an episode as a strip or a film."""
     from contextlib import ExitStack
 
     from geomcache.cache_schemas.errors import InputError
@@ -58,11 +61,21 @@ def show(
     from geomcache.pipeline.pack.reader import PackReader
     from geomcache.pipeline.store.reader import CachedTokens
     from geomcache.pipeline.store.token_picture import episode_picture, row_picture
+    from geomcache.pipeline.store.token_video import episode_video
 
-    require_png(out)
+    film = out.suffix.lower() == ".mp4" and not out.is_dir()
+    if not film:
+        require_png(out)
     if row is not None and episode is not None:
         raise InputError(
             "a picture shows a row or an episode", expected="--row or --episode", found="both", fix="leave one out"
+        )
+    if film and episode is None:
+        raise InputError(
+            "a film shows an episode",
+            expected="--episode with --out X.mp4",
+            found=f"{out} and no --episode",
+            fix=f"geomcache cache show {cache} --pack PACK --episode 0 --out {out}",
         )
     if episode is not None and pack is None:
         raise InputError(
@@ -74,12 +87,18 @@ def show(
     with ExitStack() as stack:
         tokens = stack.enter_context(CachedTokens(cache, partial=True))
         reader = None if pack is None else stack.enter_context(PackReader(pack))
-        if episode is not None and reader is not None:
-            picture = episode_picture(tokens, reader, episode)
+        if film and episode is not None and reader is not None:
+            progress = stack.enter_context(progress_bar("drawing frames"))
+            frames = episode_video(tokens, reader, episode, out, every=every, progress=progress)
+            result: dict[str, object] = {"video": str(out), "frames": frames}
         else:
-            picture = row_picture(tokens, reader, row or 0)
-    write_atomic(out, picture)
-    show_values({"picture": str(out)}, as_json)
+            if episode is not None and reader is not None:
+                picture = episode_picture(tokens, reader, episode)
+            else:
+                picture = row_picture(tokens, reader, row or 0)
+            write_atomic(out, picture)
+            result = {"picture": str(out)}
+    show_values(result, as_json)
 
 
 def diff(

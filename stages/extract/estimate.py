@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.layout import CRC_BYTES, INDEX_ENTRY_BYTES
 from geomcache.cache_schemas.manifest import Manifest
-from geomcache.pipeline.encoding import one_thread
+from geomcache.pipeline.encoding import gflop_per_row, one_thread
 from geomcache.pipeline.store.shard_file import ShardFile, compress
 from geomcache.pipeline.store.statistics import TokenSums, even_rows
 from geomcache.pipeline.tokens import StoredForm
@@ -186,9 +185,7 @@ def _probe(plan: ExtractPlan) -> dict[str, float]:
             block = tokens.decode(part)
             times.append(time.perf_counter())
             if start == 0:  # warms up; its time does not count
-                with FlopCounterMode(display=False) as counter:
-                    tokens.encode(block)
-                flops = counter.get_total_flops() / batch / 1e9
+                flops = gflop_per_row(encoder, block.parts[0]) if block.parts else 0.0
                 if len(numbers) > batch:
                     continue
                 times = times[:1] * 2

@@ -11,33 +11,12 @@ from typing import Any
 import torch
 
 import geomcache
-from geomcache.cache_schemas.base import Schema
-from geomcache.cache_schemas.manifest import ShardCommit
+from geomcache.cache_schemas.manifest import EXTRACTION_NAME, ExtractionRecord, ShardCommit
 from geomcache.pipeline.files import write_atomic
 
 LOG_NAME = "extract.jsonl"  # one event a line, appended by every run
-RECORD_NAME = "extraction.json"  # of the last run that encoded anything
 _STAGES = ("decode", "encode", "store", "write")
 _SHOWN_WORKERS = 4
-
-
-class ExtractResult(Schema):
-    """What one run of ``geomcache extract`` did."""
-
-    cache: str
-    cache_id: str
-    rows: int
-    shards: int
-    shards_done_before: int
-    rows_encoded: int
-    masked_rows: dict[int, str]  # of this run: row -> why its tokens are NaN
-    workers: int
-    device: str
-    seconds: float  # all
-    start_seconds: float  # of them until every worker was ready
-    rows_per_second: float  # after that
-    busy_seconds: dict[str, float]  # decode, encode, store (codec and statistics), write; over all workers
-    slot_deviation: float | None  # CUDA: largest difference of a token in another slot, beside other frames
 
 
 class RunLog:
@@ -53,6 +32,7 @@ class RunLog:
         self._out, self._progress, self._all, self._committed = out, progress, rows, done
         self._began = time.perf_counter()
         self._ready: float | None = None
+        self._last = self._began  # when a shard was finished
         self._in_work = 0
         self.encoded = 0
         self.masked: dict[int, str] = {}
@@ -96,6 +76,7 @@ class RunLog:
     def shard(self, commit: ShardCommit, masked: dict[int, str], worker: str) -> None:
         """Count a finished shard."""
         self._committed += commit.rows
+        self._last = time.perf_counter()
         self._in_work = max(0, self._in_work - commit.rows)
         self.encoded += commit.rows
         self.masked |= masked
@@ -112,8 +93,9 @@ class RunLog:
 
     @property
     def rows_per_second(self) -> float:
-        """Since every worker was ready; rows of unfinished shards count."""
-        since = time.perf_counter() - (self._ready if self._ready is not None else self._began)
+        """Since every worker was ready, until the last shard while none is in work; rows of unfinished shards count."""
+        now = time.perf_counter() if self._in_work else self._last
+        since = now - (self._ready if self._ready is not None else self._began)
         return (self.encoded + self._in_work) / since if since > 0 else 0.0
 
     @property
@@ -137,6 +119,6 @@ class RunLog:
         self._progress(min(self._committed + self._in_work, self._all), self._all, text)
 
 
-def write_record(out: Path, result: ExtractResult) -> None:
+def write_record(out: Path, record: ExtractionRecord) -> None:
     """Keep the numbers of this run beside the manifest; ``geomcache cache info`` shows them."""
-    write_atomic(out / RECORD_NAME, result.model_dump_json(indent=2))
+    write_atomic(out / EXTRACTION_NAME, record.model_dump_json(indent=2))

@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable
 
 from geomcache.cache_schemas.layout import shard_rows
+from geomcache.cache_schemas.manifest import ExtractionRecord
 from geomcache.pipeline.files import remove_leftovers, write_config
 from geomcache.pipeline.ray_workers import Pool, run_tasks
 from geomcache.pipeline.store.lock import write_lock
 from geomcache.stages.extract.cluster import cluster, require_shared_folders, worker_shape
 from geomcache.stages.extract.estimate import require_room
 from geomcache.stages.extract.plan import ExtractConfig, ExtractPlan, begin, make_plan
-from geomcache.stages.extract.report import ExtractResult, RunLog, write_record
+from geomcache.stages.extract.report import RunLog, write_record
 from geomcache.stages.extract.worker import SHARDS_AT_ONCE, ShardWorker
 
 
@@ -20,7 +21,7 @@ def run(
     *,
     tell: Callable[[str], None] = lambda _: None,
     unlock: bool = False,
-) -> ExtractResult:
+) -> ExtractionRecord:
     """Extract; ``progress(rows done, rows in all, text)``. Finished shards of an earlier run are kept.
 
     Args:
@@ -56,7 +57,7 @@ def run(
             return result
 
 
-def _work(plan: ExtractPlan, log: RunLog, started: float) -> ExtractResult:
+def _work(plan: ExtractPlan, log: RunLog, started: float) -> ExtractionRecord:
     config, manifest = plan.config, plan.manifest
     workers, cpus = worker_shape(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, plan.device, local=config.ray_address is None
@@ -76,7 +77,7 @@ def _work(plan: ExtractPlan, log: RunLog, started: float) -> ExtractResult:
     arguments = (config.pack, config.out, manifest, plan.device, config.on_error, cpus)
     for _, report in run_tasks(ShardWorker, arguments, list(plan.remaining), pool):
         log.shard(report.commit, report.masked, report.worker)
-    result = ExtractResult(
+    result = ExtractionRecord(
         cache=str(config.out),
         cache_id=manifest.recipe.fingerprint.cache_id,
         rows=manifest.rows,

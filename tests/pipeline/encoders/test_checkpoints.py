@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import GeomcacheError, InputError
 from geomcache.pipeline.encoders._checkpoints import checkpoint_folder, module_digest
-from geomcache.pipeline.encoders.depth_anything3 import Config, Encoder, build_backbone
+from geomcache.pipeline.encoders._da3_package import build_backbone, build_head
+from geomcache.pipeline.encoders.depth_anything3 import Config, Encoder
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.tokens import token_recipe
 
@@ -70,19 +71,16 @@ def test_real_small_net_saved_whole_loads(tmp_path: Path, contract: Contracts) -
     ``DepthAnything3.save_pretrained`` is the hub mixin: safetensors' ``save_model`` of the api object, whose
     net is its attribute ``model``. The api module itself wants packages that the net does not need.
     """
-    from safetensors.torch import save_model
-
     build_backbone("tiny", 0)  # imports the package without its side effects
     from depth_anything_3.model.cam_dec import CameraDec
     from depth_anything_3.model.cam_enc import CameraEnc
     from depth_anything_3.model.da3 import DepthAnything3Net
-    from depth_anything_3.model.dualdpt import DualDPT
 
-    backbone = build_backbone("da3-small", 3)
+    backbone, head = build_backbone("da3-small", 3), build_head("da3-small", 4)
     api = torch.nn.Module()
     api.model = DepthAnything3Net(
         backbone,
-        DualDPT(768, output_dim=2, features=64, out_channels=(48, 96, 192, 384)),
+        head,
         cam_dec=CameraDec(dim_in=768),
         cam_enc=CameraEnc(dim_out=384),
     )
@@ -90,13 +88,72 @@ def test_real_small_net_saved_whole_loads(tmp_path: Path, contract: Contracts) -
     where.mkdir()
     (where / "config.json").write_text('{"model_name": "da3-small"}')
     save_model(api, str(where / "model.safetensors"))
-    missing = set(api.state_dict()) - set(load_file(where / "model.safetensors"))
-    assert len(missing) == 6
+    stored = set(load_file(where / "model.safetensors"))
+    missing = set(api.state_dict()) - stored
+    assert (len(stored), len(missing)) == (437, 6)
     assert all(name.startswith("model.head.scratch.output_conv2_aux.") for name in missing)
 
     encoder = load(contract(), where, model="da3-small")
     assert encoder.weights_digest() == module_digest(backbone)
     assert encoder.license == "Apache-2.0"
+    rays = load(contract(), where, model="da3-small", tap="ray")
+    assert rays.weights_digest() == module_digest(torch.nn.ModuleDict({"backbone": backbone, "head": head}))
+
+
+class TestHead:
+    """Checkpoints of the tiny model with its whole head, as ``save_model`` writes them: tied names once."""
+
+    @pytest.fixture
+    def whole(self, tmp_path: Path) -> Path:
+        net = torch.nn.Module()
+        net.backbone, net.head = build_backbone("tiny", 5), build_head("tiny", 5)
+        folder = write_checkpoint(tmp_path / "whole", "tiny", {})
+        save_model(torch.nn.ModuleDict({"model": net}), str(folder / "model.safetensors"))
+        return folder
+
+    @staticmethod
+    def rewrite(folder: Path, change: Callable[[State], None]) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        write_checkpoint(folder, "tiny", state)
+
+    def test_gives_the_saved_weights(self, whole: Path, contract: Contracts, frames: Frames) -> None:
+        stored = [name for name in load_file(whole / "model.safetensors") if name.endswith("output_conv2_aux.0.2.bias")]
+        assert len(stored) == 1
+        saved = Encoder(Config(seed=5, tap="depth.ray", batch_size=1, process_size=(56, 56)), contract())
+        saved.load("cpu")
+        again = load(contract(), whole, tap="depth.ray", batch_size=1, process_size=(56, 56))
+        assert again.weights_digest() == saved.weights_digest()
+        assert torch.equal(again.encode(frames(1)), saved.encode(frames(1)))
+
+    @pytest.mark.parametrize("name", ["scratch.output_conv2_aux.3.0.bias", "norm.weight", "projects.0.bias"])
+    def test_no_other_key_may_be_missing(self, whole: Path, contract: Contracts, name: str) -> None:
+        self.rewrite(whole, lambda state: state.__delitem__(f"model.head.{name}"))
+        with pytest.raises(InputError, match="lacks 1 key") as caught:
+            load(contract(), whole, tap="ray")
+        assert caught.value.found == f"model.head.{name}"
+        load(contract(), whole)  # features need no head
+
+    def test_a_shared_norm_must_be_there_once(self, whole: Path, contract: Contracts) -> None:
+        self.rewrite(whole, lambda state: state.__delitem__("model.head.scratch.output_conv2_aux.0.2.bias"))
+        with pytest.raises(InputError, match="lacks 4 keys") as caught:
+            load(contract(), whole, tap="ray")
+        assert "output_conv2_aux.3.2.bias" in caught.value.found
+
+    def test_a_shared_norm_may_be_there_twice_if_it_is_the_same(self, whole: Path, contract: Contracts) -> None:
+        first, third = (f"model.head.scratch.output_conv2_aux.{level}.2.weight" for level in (0, 2))
+        before = load(contract(), whole, tap="ray").weights_digest()
+        self.rewrite(whole, lambda state: state.update({third: state[first].clone()}))
+        assert load(contract(), whole, tap="ray").weights_digest() == before
+        self.rewrite(whole, lambda state: state.update({third: state[first] + 1}))
+        with pytest.raises(InputError, match="has another value of a shared tensor under 1 key") as caught:
+            load(contract(), whole, tap="ray")
+        assert caught.value.found == third
+
+    def test_an_unexpected_key_of_the_head_is_named(self, whole: Path, contract: Contracts) -> None:
+        self.rewrite(whole, lambda state: state.update({"model.head.extra": torch.ones(1)}))
+        with pytest.raises(InputError, match="has unexpected 1 key"):
+            load(contract(), whole, tap="ray")
 
 
 def test_half_precision_files_load_into_float32(tmp_path: Path, contract: Contracts) -> None:

@@ -12,8 +12,9 @@ import yaml
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import ConfigError, InputError, MissingDependency
 from geomcache.pipeline.config_errors import parse_config
-from geomcache.pipeline.encoders import depth_anything3
-from geomcache.pipeline.encoders.depth_anything3 import MODELS, Config, Encoder, build_backbone
+from geomcache.pipeline.encoders import _da3_package
+from geomcache.pipeline.encoders._da3_package import MODELS, build_backbone, package_classes
+from geomcache.pipeline.encoders.depth_anything3 import Config, Encoder
 from geomcache.pipeline.encoding import encode_padded
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.image_path import prepare
@@ -187,7 +188,7 @@ def test_specs_of_all_models(model: str, contract: Contracts) -> None:
 
 
 def test_licences_of_published_weights(contract: Contracts) -> None:
-    found = {model: Encoder(Config(model=model, weights="x/y"), contract()).license for model in MODELS}  # type: ignore[arg-type]
+    found = {model: Encoder(Config(model=model, weights="x/y"), contract()).license for model in MODELS}
     assert found["da3-small"] == found["da3-base"] == "Apache-2.0"
     assert "CC BY-NC 4.0" in found["da3-large-1.1"]
     assert "CC BY-NC 4.0" in found["da3-giant-1.1"]
@@ -195,14 +196,21 @@ def test_licences_of_published_weights(contract: Contracts) -> None:
 
 @pytest.mark.parametrize("model", sorted(set(MODELS) - {"tiny"}))
 def test_table_equals_the_packages_registry(model: str) -> None:
-    depth_anything3._package_classes()
+    package_classes()
     from depth_anything_3.model.dinov2 import vision_transformer
     from depth_anything_3.registry import MODEL_REGISTRY
 
     size = MODELS[model]
-    net = yaml.safe_load(Path(MODEL_REGISTRY[size.model_name]).read_text())["net"]
+    written = yaml.safe_load(Path(MODEL_REGISTRY[size.model_name]).read_text())
+    net, head = written["net"], written["head"]
+    assert head["dim_in"] == 2 * size.width
+    assert head["output_dim"] == 2
+    assert (head["features"], tuple(head["out_channels"])) == (size.head_features, size.head_channels)
+    prefixes = {f"model.{part}." for part, settings in written.items() if isinstance(settings, dict)}
+    assert prefixes - {"model.__object__."} == {"model.net.", "model.head.", *size.other_parts}
     assert net["name"] == size.vit
-    assert net["out_layers"][-1] == size.last_layer == size.blocks - 1
+    assert tuple(net["out_layers"]) == size.out_layers
+    assert size.last_block == size.blocks - 1
     assert net["alt_start"] == net["qknorm_start"] == net["rope_start"] == size.cross_view_from
     assert net["cat_token"] is True
     builder = {"vits": "vit_small", "vitb": "vit_base", "vitl": "vit_large", "vitg": "vit_giant2"}[size.vit]
@@ -238,8 +246,8 @@ def test_another_package_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     import dataclasses
 
     monkeypatch.setitem(MODELS, "tiny", dataclasses.replace(MODELS["tiny"], blocks=7))
-    real: Any = depth_anything3._package_classes()[0]
-    monkeypatch.setattr(depth_anything3, "_package_classes", lambda: (lambda **k: real(**{**k, "depth": 6}), None))
+    real: Any = package_classes()[0]
+    monkeypatch.setattr(_da3_package, "package_classes", lambda: (lambda **k: real(**{**k, "depth": 6}), None, None))
     with pytest.raises(InputError, match="builds another tiny"):
         build_backbone("tiny", 0)
 

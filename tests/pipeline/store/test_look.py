@@ -24,8 +24,8 @@ from geomcache.pipeline.store.diff import CacheDifference, cache_difference
 from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.pipeline.store.statistics import shard_statistics
 from geomcache.pipeline.store.stats_picture import stats_picture
+from geomcache.pipeline.store.token_paint import PrincipalColours
 from geomcache.pipeline.store.token_picture import (
-    PrincipalColours,
     episode_picture,
     row_picture,
     strip_picture,

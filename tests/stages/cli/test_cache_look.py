@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import typer
 from PIL import Image
@@ -73,6 +74,20 @@ def test_show_draws_a_row_an_episode_and_tokens_alone(caches: dict[str, Path], p
     other = build_pack_at(write_demo_file(tmp_path / "x_demo.hdf5", seed=1), tmp_path / "pack")
     assert "another pack" in mistake(CacheStale, "show", cache, "--pack", other, "--out", out)
     assert not out.exists()
+
+
+def test_show_writes_a_film_of_an_episode(caches: dict[str, Path], pack_path: Path, tmp_path: Path) -> None:
+    cache, film = caches["oracle_pointmap"], tmp_path / "new" / "Film.MP4"
+    shown = ["show", cache, "--pack", pack_path, "--episode", 2, "--out", film]
+    assert parsed(*shown, "--every", 2) == {"video": str(film), "frames": 3}  # 6 rows
+    assert [path.name for path in film.parent.iterdir()] == ["Film.MP4"]
+    with av.open(str(film)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 3
+    other = tmp_path / "other.mp4"
+    assert f"--episode 0 --out {other}" in mistake(InputError, "show", cache, "--pack", pack_path, "--out", other)
+    assert "--pack PACK --episode 1" in mistake(InputError, "show", cache, "--episode", 1, "--out", other)
+    assert "0 to 2" in mistake(InputError, "show", cache, "--pack", pack_path, "--episode", 3, "--out", other)
+    assert list(tmp_path.glob("*")) == [film.parent]
 
 
 @pytest.mark.parametrize("rows", [0, 512])
