@@ -57,6 +57,7 @@ bench: install
 	$(BIN)/python benchmarks/cli.py --json runs/benchmarks/cli.json
 	$(BIN)/python benchmarks/frames.py --json runs/benchmarks/frames.json
 	$(BIN)/python benchmarks/cache.py --json runs/benchmarks/cache.json
+	$(BIN)/python benchmarks/extract.py --smallest --json runs/benchmarks/extract.json
 
 demo-table: install
 	$(BIN)/python benchmarks/demo_table.py --states 50 --noise 0 0.1 --out docs/demo_table.md

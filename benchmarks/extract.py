@@ -73,7 +73,7 @@ def _repeat(demonstration: Path, path: Path, rows: int) -> Path:
     generator = np.random.default_rng(0)
     with h5py.File(demonstration) as source, h5py.File(path, "w") as file:
         demo, data, done = source["data/demo_0"], file.create_group("data"), 0
-        data.attrs.update(source["data"].attrs)
+        data.attrs.update({name: value for name, value in source["data"].attrs.items() if name != "num_demos"})
         while done < rows:
             length = min(len(demo["actions"]), rows - done + 1)  # recorded steps give one row less
             length -= rows - done - (length - 1) == 1  # what is left over must be an episode too

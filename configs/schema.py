@@ -47,7 +47,8 @@ class QuickstartConfig(Schema):
     out: Path = Path("runs/quickstart")
     demos: dict[str, Any]
     pack: dict[str, Any]
-    extract: dict[str, dict[str, Any]]  # encoder -> settings of its extraction
+    extract: dict[str, dict[str, Any]]  # cache -> settings of its extraction; without `encoder` its name is the encoder
+    probe: dict[str, str] = Field(default_factory=dict)  # cache -> the one that it must tell more than (cache probe)
     train: dict[str, "QuickstartRun"]  # name -> run
     eval: dict[str, Any]
     largest_open_loop_ratio: float = 0.5  # the chain fails unless every policy's error is below this share
@@ -56,7 +57,7 @@ class QuickstartConfig(Schema):
 class QuickstartRun(Schema):
     """One policy of the quickstart."""
 
-    cache: str | None = None  # encoder whose tokens it reads; None: no geometry
+    cache: str | None = None  # whose tokens it reads; None: no geometry
     settings: dict[str, Any]
 
 

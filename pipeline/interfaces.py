@@ -83,7 +83,8 @@ class GeometryEncoder(Protocol):
 
     def load(self, device: str) -> None: ...
 
-    def encode(self, frames: FrameBatch) -> torch.Tensor: ...  # [B, V, G, D] float32; B = spec.encoder_batch_size
+    # [B, V, G, D] float32; B = spec.encoder_batch_size; threads may call it at once
+    def encode(self, frames: FrameBatch) -> torch.Tensor: ...
 
 
 @runtime_checkable

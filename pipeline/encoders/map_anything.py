@@ -17,6 +17,7 @@ uniception, small and random, behind the same capture, for tests and first steps
 - What the cameras told the model is part of the tap's name, so that tokens with and without them never pass for equal.
 """
 
+import threading
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -117,6 +118,7 @@ class Encoder:
         """
         require_upright(contract, "map_anything")
         self._frame_hw = frame_size(contract, "map_anything")
+        self._capturing = threading.Lock()  # a hook catches whatever call comes by
         self._uses_cameras = config.use_intrinsics or config.use_poses
         if self._uses_cameras and not contract.has_depth:
             raise InputError(
@@ -237,7 +239,8 @@ class Encoder:
             assert frames.extrinsics_BV44 is not None, "the contract promises extrinsics"
             poses_BV44 = frames.extrinsics_BV44
         views = make_views(images_BVCHW.to(self._device), intrinsics_BV33, poses_BV44)
-        output = info_sharing_output(self._model, views, self._device, self.config.compute_dtype)
+        with self._capturing:
+            output = info_sharing_output(self._model, views, self._device, self.config.compute_dtype)
         final, intermediates = output if isinstance(output, tuple) else (output, [])
         features = final if self.config.tap == "features.final" else intermediates[int(self.config.tap[-1])]
         tokens = [features_BDhw.flatten(2).transpose(1, 2) for features_BDhw in features.features]

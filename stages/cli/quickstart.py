@@ -54,6 +54,7 @@ def quickstart(
         ("demos", _demos),
         ("pack", _pack),
         ("extract", _extract),
+        ("probe", _probe),
         ("train", _train),
         ("eval", _evaluate),
     ):
@@ -103,20 +104,42 @@ def _pack(settings: "QuickstartConfig") -> None:
         _, stage.skipped = build_from(_pack_config(settings), progress)
 
 
-def _extract_config(settings: "QuickstartConfig", encoder: str) -> "ExtractConfig":
+def _extract_config(settings: "QuickstartConfig", name: str) -> "ExtractConfig":
     from geomcache.pipeline.config_errors import parse_config
     from geomcache.stages.extract.plan import ExtractConfig
 
-    paths = {"pack": settings.out / "pack", "out": settings.out / "caches" / encoder, "encoder": encoder}
-    return parse_config(ExtractConfig, {**settings.extract[encoder], **paths}, f"extract {encoder}")
+    paths = {"pack": settings.out / "pack", "out": settings.out / "caches" / name}
+    return parse_config(ExtractConfig, {"encoder": name, **settings.extract[name], **paths}, f"extract {name}")
 
 
 def _extract(settings: "QuickstartConfig") -> None:
     from geomcache.stages.extract.run import run
 
-    for encoder in settings.extract:
-        with _Stage(f"extract {encoder}") as (stage, progress):
-            stage.skipped = run(_extract_config(settings, encoder), progress).rows_encoded == 0
+    for name in settings.extract:
+        with _Stage(f"extract {name}") as (stage, progress):
+            stage.skipped = run(_extract_config(settings, name), progress).rows_encoded == 0
+
+
+def _probe(settings: "QuickstartConfig") -> None:
+    """Does a cache carry information? Its tokens must tell more than those it is compared with."""
+    from geomcache.pipeline.pack.reader import PackReader
+    from geomcache.pipeline.store.probe import probe
+    from geomcache.pipeline.store.reader import CachedTokens
+
+    for name, against in settings.probe.items():
+        with _Stage(f"probe {name}") as (_, progress), PackReader(settings.out / "pack") as pack:
+            found = []
+            for each in (name, against):
+                with CachedTokens(settings.out / "caches" / each) as cache:
+                    found.append(probe(cache, pack, progress=progress).r2)
+        say(f"a linear map reads surfaces from {name} with R^2 {found[0]:.2f}, from {against} with {found[1]:.2f}")
+        if not found[0] > found[1]:
+            raise TrainingFailed(
+                f"the tokens of {name} tell no more than those of {against}",
+                expected=f"R^2 above {found[1]:.3f}",
+                found=f"{found[0]:.3f}",
+                fix=f"geomcache cache probe {settings.out}/caches/{name} --pack {settings.out}/pack says more",
+            )
 
 
 def _train_config(settings: "QuickstartConfig", name: str) -> "TrainConfig":
@@ -168,9 +191,9 @@ def _check(settings: "QuickstartConfig") -> None:
     require_config_slot(settings.out, QuickstartConfig)
     _demos_config(settings)
     _pack_config(settings)
-    for encoder in settings.extract:
-        config = _extract_config(settings, encoder)
-        parse_config(plugins.config_class("encoder", encoder), config.encoder_config, f"encoder {encoder}")
+    for name in settings.extract:
+        config = _extract_config(settings, name)
+        parse_config(plugins.config_class("encoder", config.encoder), config.encoder_config, f"encoder {name}")
     for name in settings.train:
         _train_config(settings, name)
         _eval_config(settings, name)

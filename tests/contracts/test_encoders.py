@@ -4,6 +4,7 @@ being there.
 The default Config of an encoder runs offline on a CPU in a few seconds.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import numpy as np
@@ -121,6 +122,16 @@ def test_another_slot_and_other_neighbours_give_the_same_bits(encoder: GeometryE
     assert torch.equal(alone, expected)
     assert torch.equal(behind, expected)
     assert torch.equal(torch.cat([before[-1:], before[:2]]), expected)
+
+
+def test_threads_may_call_it_at_once(encoder: GeometryEncoder) -> None:
+    """As a worker beside a GPU does: while one call computes, others prepare their images and copy tokens back."""
+    size = encoder.spec.encoder_batch_size
+    batches = [some_frames(size, seed) for seed in range(6)]
+    expected = [encode_padded(encoder, batch) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda batch: encode_padded(encoder, batch), batches * 3))
+    assert all(torch.equal(tokens, expected[number % 6]) for number, tokens in enumerate(found))
 
 
 def test_no_rows_give_no_tokens(encoder: GeometryEncoder) -> None:

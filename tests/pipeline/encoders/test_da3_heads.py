@@ -317,9 +317,9 @@ def test_what_cannot_be_compiled_is_named_before_work_begins(
     import torch._inductor.config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/compiler"))
     config = Config(compile=True, process_size=(28, 28), batch_size=1, block=0, tap="features.local")
-    with pytest.raises(InputError, match="cannot be compiled on cpu") as caught:
+    no_compiler = inductor.patch({"cpp.cxx": (None, "/no/compiler")})
+    with no_compiler, pytest.raises(InputError, match="cannot be compiled on cpu") as caught:
         Encoder(config, contract()).load("cpu")
     assert "/no/compiler" in caught.value.found
     assert "g++" in caught.value.fix
