@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from geomcache.cache_schemas.errors import GeomcacheError, InputError
 
@@ -22,6 +22,7 @@ _TASK_RETRIES = 3  # a task whose worker died is redone this often, so tasks mus
 _START_SECONDS = 900.0  # for loading weights on every machine
 _CONNECT_SECONDS = 5.0
 _WATCH_SECONDS = 1.0
+_LOST_SECONDS = 300.0  # without an answer; a worker that only restarts answers much sooner
 _LOOK = "look"
 
 T = TypeVar("T")
@@ -85,82 +86,171 @@ def run_tasks(
             worker.close()
         return
     with ray_session(pool.address, pool.count * pool.cpus_each) as ray:
-        yield from _on_ray(ray, worker_class, arguments, tasks, pool)
+        _require_resources(ray, pool)
+        yield from _Crew(ray, worker_class, arguments, tasks, pool).results()
 
 
-def _on_ray(
-    ray: Any, worker_class: Callable[..., Worker[T, R]], arguments: tuple[Any, ...], tasks: list[T], pool: Pool
-) -> Iterator[tuple[T, R]]:
-    _require_resources(ray, pool)
-    # Without a look at them, workers keep to one thread: a renderer's context belongs to the thread that made it.
-    threads = {"max_concurrency": pool.at_once, "concurrency_groups": {_LOOK: 1}} if pool.watch is not None else {}
-    actor_class = ray.remote(
-        num_cpus=pool.cpus_each,
-        num_gpus=pool.gpus_each,
-        max_restarts=_WORKER_RESTARTS,
-        max_task_retries=_TASK_RETRIES,
-        **threads,
-    )(worker_class)
-    workers = [actor_class.remote(*arguments) for _ in range(pool.count)]
-    idle = deque(workers * pool.tasks_each)
-    running: dict[Any, tuple[Any, T]] = {}
+class _Crew(Generic[T]):
+    """The workers of a pool: what each is doing, and who is away.
 
-    def hand_out() -> None:
-        while tasks and idle:
-            worker, task = idle.popleft(), tasks.pop(0)
-            running[worker.run.remote(task)] = worker, task
+    Workers that are watched may be on other machines. When one dies, or its machine does, its tasks are put back for
+    whoever is free, and it gets new ones once it answers again. Ray would retry them there, three times in a second,
+    and would wait for ever for a machine with room to start the worker again.
+    """
 
-    try:
-        states = _start(ray, workers, pool)
-        watch = _Watch(ray, workers, states, pool.watch) if pool.watch is not None else None
-        hand_out()
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=_WATCH_SECONDS if watch else None)
-            if watch:
-                watch.look()
-            if not done:
-                continue
-            (finished,) = done
-            worker, task = running.pop(finished)
-            idle.append(worker)
-            if pool.tasks_each > 1:
-                hand_out()
-            yield task, _get(ray, finished, pool, task)
-            hand_out()
-    finally:
-        # A local Ray ends with this block anyway; to kill workers in the middle of tasks makes it speak of retries.
-        if pool.address is not None or not running:
-            for worker in workers:
-                ray.kill(worker)
+    def __init__(
+        self,
+        ray: Any,
+        worker_class: Callable[..., Worker[T, Any]],
+        arguments: tuple[Any, ...],
+        tasks: list[T],
+        pool: Pool,
+    ) -> None:
+        self._ray, self._tasks, self._pool = ray, tasks, pool
+        options: dict[str, Any] = {"max_task_retries": _TASK_RETRIES}
+        if pool.watch is not None:
+            # Others keep to one thread: a renderer's context belongs to the thread that made it.
+            options = {"max_concurrency": pool.at_once, "concurrency_groups": {_LOOK: 1}}
+        actor_class = ray.remote(
+            num_cpus=pool.cpus_each, num_gpus=pool.gpus_each, max_restarts=_WORKER_RESTARTS, **options
+        )(worker_class)
+        self._workers = [actor_class.remote(*arguments) for _ in range(pool.count)]
+        self._idle = deque(self._workers * pool.tasks_each)
+        self._running: dict[Any, tuple[Any, T]] = {}
+        self._away: dict[Any, float] = {}  # worker -> since when
+        self._strikes: list[T] = []  # a task for each time that its worker died
+        self._watch: _Watch | None = None
+
+    def results(self) -> Iterator[tuple[T, Any]]:
+        """Work through the tasks, and those that are added meanwhile."""
+        try:
+            states = _start(self._ray, self._workers, self._pool)
+            if self._pool.watch is not None:
+                self._watch = _Watch(self._ray, self._workers, states, self._pool.watch)
+            while self._tasks or self._running:
+                self._hand_out()
+                finished = self._next_finished()
+                if finished is None:
+                    continue
+                worker, task = self._running.pop(finished)
+                try:
+                    result = _get(self._ray, finished, self._pool, task)
+                except _Died as death:
+                    self._strike(worker, task, death)
+                    continue
+                self._idle.append(worker)
+                if self._pool.tasks_each > 1:
+                    self._hand_out()
+                yield task, result
+        finally:
+            # A local Ray ends with this anyway; to kill workers in the middle of tasks makes it speak of retries.
+            if self._pool.address is not None or not self._running:
+                for worker in self._workers:
+                    self._ray.kill(worker)
+
+    def _hand_out(self) -> None:
+        while self._tasks and self._idle:
+            worker, task = self._idle.popleft(), self._tasks.pop(0)
+            self._running[worker.run.remote(task)] = worker, task
+
+    def _next_finished(self) -> Any:
+        """A reference to a result; None when there is none yet."""
+        if self._watch is None:
+            return self._ray.wait(list(self._running), num_returns=1)[0][0]
+        done: list[Any] = []
+        if self._running:
+            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_WATCH_SECONDS)
+        else:
+            time.sleep(_WATCH_SECONDS)  # all are away
+        self._watch.look()
+        for worker in self._watch.lost():
+            self._give_up(worker)
+        for worker, since in list(self._away.items()):
+            if self._watch.answered(worker) > since:
+                del self._away[worker]
+                busy = sum(whose is worker for whose, _ in self._running.values())
+                self._idle.extend([worker] * (self._pool.tasks_each - busy))
+        return done[0] if done and done[0] in self._running else None
+
+    def _strike(self, worker: Any, task: T, death: "_Died") -> None:
+        """A worker died over a task: the task goes back, the worker is away until it answers."""
+        self._strikes.append(task)
+        if self._watch is None or self._strikes.count(task) > _TASK_RETRIES:
+            raise death.error from death
+        self._tasks.insert(0, task)
+        if death.for_good:
+            self._watch.forget(worker)
+            self._give_up(worker, death)
+        elif worker not in self._away:
+            self._away[worker] = time.monotonic()
+            self._idle = deque(each for each in self._idle if each is not worker)
+
+    def _give_up(self, lost: Any, death: "_Died | None" = None) -> None:
+        """It never comes back: the others do its tasks."""
+        self._ray.kill(lost)
+        theirs = [reference for reference, (worker, _) in self._running.items() if worker is lost]
+        self._tasks.extend(self._running.pop(reference)[1] for reference in theirs)
+        self._idle = deque(worker for worker in self._idle if worker is not lost)
+        self._away.pop(lost, None)
+        if not (self._idle or self._running or self._away):
+            raise death.error if death is not None else _all_lost(self._pool)
+
+
+class _Died(Exception):
+    """A worker's process ended while it had a task."""
+
+    def __init__(self, error: InputError, for_good: bool) -> None:
+        super().__init__(str(error))
+        self.error, self.for_good = error, for_good
 
 
 class _Watch:
     """Asks workers how they are doing, and never waits for one that does not answer."""
 
     def __init__(self, ray: Any, workers: list[Any], said: list[Any], tell: Callable[[list[Any]], None]) -> None:
-        self._ray, self._workers, self._said, self._tell = ray, workers, said, tell
-        self._asked: dict[Any, int] = {}
+        self._ray, self._tell = ray, tell
+        self._said = dict(zip(workers, said, strict=True))
+        self._answered = dict.fromkeys(workers, time.monotonic())  # when last; without those that were given up
+        self._asked: dict[Any, Any] = {}  # reference -> worker
         self._next = 0.0
-        self._tell(list(said))
+        tell(list(self._said.values()))
 
     def look(self) -> None:
         """Tell what was answered; about once a second, whenever it is called."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _WATCH_SECONDS
-        answered, _ = (
-            self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0) if self._asked else ([], [])
-        )
-        for reference in answered:
-            number = self._asked.pop(reference)
+        ready = self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0] if self._asked else []
+        for reference in ready:
+            worker = self._asked.pop(reference)
             try:
-                self._said[number] = self._ray.get(reference)
+                self._said[worker] = self._ray.get(reference)
             except self._ray.exceptions.RayError:
-                self._said[number] = None  # it died; what it says of its task is told by that task
-        for number in set(range(len(self._workers))) - set(self._asked.values()):
-            asked = self._workers[number].state.options(concurrency_group=_LOOK, max_task_retries=0).remote()
-            self._asked[asked] = number
-        self._tell(list(self._said))
+                self._said[worker] = None  # it died; what becomes of its tasks they tell themselves
+            else:
+                if worker in self._answered:
+                    self._answered[worker] = time.monotonic()
+        for worker in self._answered.keys() - set(self._asked.values()):
+            asked = worker.state.options(concurrency_group=_LOOK, max_task_retries=0).remote()
+            self._asked[asked] = worker
+        self._tell(list(self._said.values()))
+
+    def answered(self, worker: Any) -> float:
+        """When it answered last."""
+        return self._answered.get(worker, 0.0)
+
+    def lost(self) -> list[Any]:
+        """Workers that have not answered for too long, each told once."""
+        late = time.monotonic() - _LOST_SECONDS
+        found = [worker for worker, when in self._answered.items() if when < late]
+        for worker in found:
+            self.forget(worker)
+        return found
+
+    def forget(self, worker: Any) -> None:
+        """Ask it no more."""
+        self._answered.pop(worker, None)
+        self._said[worker] = None
 
 
 @contextmanager
@@ -175,9 +265,12 @@ def ray_session(address: str | None, cpus: int) -> Iterator[Any]:
         return
     if address is not None:
         _require_reachable(address)
-    local: dict[str, Any] = {"num_cpus": max(cpus, 1), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    # "local": without an address Ray would join whatever cluster runs on this machine.
+    local: dict[str, Any] = {"address": "local", "num_cpus": max(cpus, 1), "include_dashboard": False}
+    local["_node_ip_address"] = "127.0.0.1"
     with redirect_stdout(sys.stderr):  # Ray prints its notices; standard output belongs to --json
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
+        where = {"address": address} if address else local
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
         try:
             yield ray
         finally:
@@ -218,9 +311,12 @@ def _require_resources(ray: Any, pool: Pool) -> None:
 
 def _start(ray: Any, workers: list[Any], pool: Pool) -> list[Any]:
     """Wait until every worker is ready, and what it says; a busy cluster must not look like a slow one."""
-    ready = [worker.start.remote() for worker in workers]
+    ready = [worker.start.options(max_task_retries=_TASK_RETRIES).remote() for worker in workers]
     done, late = ray.wait(ready, num_returns=len(ready), timeout=_START_SECONDS)
-    said = [_get(ray, reference, pool) for reference in done]
+    try:
+        said = [_get(ray, reference, pool) for reference in done]
+    except _Died as death:
+        raise death.error from death
     if late:
         raise InputError(
             f"{len(late)} of {len(workers)} workers did not start within {_START_SECONDS:.0f} s",
@@ -231,8 +327,17 @@ def _start(ray: Any, workers: list[Any], pool: Pool) -> list[Any]:
     return said
 
 
+def _all_lost(pool: Pool) -> InputError:
+    return InputError(
+        f"{pool.what} was lost, and there is no other",
+        expected=f"an answer within {_LOST_SECONDS:.0f} s",
+        found="none: its machine is gone, or the cluster has no room to start it again",
+        fix="ray status says what the cluster has; the same command continues with what is finished",
+    )
+
+
 def _get(ray: Any, reference: Any, pool: Pool, task: object = None) -> Any:
-    """A worker's result, or its error as it was raised."""
+    """A worker's result, or its error as it was raised; ``_Died`` when it ended instead."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as problem:
@@ -240,9 +345,10 @@ def _get(ray: Any, reference: Any, pool: Pool, task: object = None) -> Any:
             raise problem.cause from problem
         raise
     except ray.exceptions.RayError as problem:
-        raise InputError(
+        error = InputError(
             f"{pool.what} died again and again" + (f" over task {task}" if task is not None else ""),
-            expected=f"at most {_TASK_RETRIES} deaths over one task, {_WORKER_RESTARTS} in all",
+            expected=f"at most {_TASK_RETRIES} deaths over one task, {_WORKER_RESTARTS} of one worker",
             found=str(problem).splitlines()[0],
             fix=pool.advice,
-        ) from problem
+        )
+        raise _Died(error, for_good=isinstance(problem, ray.exceptions.ActorDiedError)) from problem

@@ -1,6 +1,5 @@
 """What a Ray cluster has, and whether all of its machines share the folders of a run."""
 
-import contextlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -89,18 +88,24 @@ def require_shared_folders(out: Path, pack: Path) -> None:
     }
     try:
         done, late = ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_SECONDS)
-        wrong = {_address(asked[reference]): "did not answer" for reference in late}
+        wrong = {asked[reference]["NodeID"]: "did not answer" for reference in late}
         for reference in done:
-            node = asked[reference]
-            with contextlib.suppress(FileNotFoundError):
-                (out / _answer_name(secret, node["NodeID"])).unlink()
+            node = asked[reference]["NodeID"]
+            try:
                 answer = ray.get(reference)
-                if answer is not None:
-                    wrong[_address(node)] = answer
-                continue
-            wrong[_address(node)] = ray.get(reference) or "what it wrote there is not seen here"
+            except ray.exceptions.RayError as problem:
+                answer = str(problem).splitlines()[0]
+            try:
+                (out / _answer_name(secret, node)).unlink()
+            except FileNotFoundError:
+                answer = answer or "what it wrote there is not seen here"
+            if answer is not None:
+                wrong[node] = answer
     finally:
         probe.unlink(missing_ok=True)
+    # A machine that left meanwhile is no matter; Ray takes a moment to notice.
+    names = {node["NodeID"]: _address(node) for node in ray.nodes() if node["Alive"]}
+    wrong = {names[node]: problem for node, problem in wrong.items() if node in names}
     if wrong:
         raise InputError(
             f"{len(wrong)} of {len(nodes)} machines of the cluster do not share the folders of this run",

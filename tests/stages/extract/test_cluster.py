@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from geomcache.cache_schemas.errors import InputError
-from geomcache.pipeline.ray_workers import ray_session
+from geomcache.pipeline import ray_workers
+from geomcache.pipeline.ray_workers import Pool, ray_session, run_tasks
 from geomcache.stages.extract.plan import ExtractConfig
 from geomcache.stages.extract.run import run
 from tests.conftest import ENCODERS, nothing
@@ -74,6 +75,41 @@ def test_a_node_that_does_not_share_the_output_is_named(cluster: Any, pack_path:
         node.terminate()
         node.wait(20)
         _wait_for_nodes(cluster, 1)
+
+
+class _Slow:
+    """A worker whose tasks take a moment."""
+
+    def start(self) -> dict[str, Any]:
+        return self.state()
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def run(self, task: int) -> int:
+        time.sleep(0.5)
+        return task
+
+    def close(self) -> None: ...
+
+
+def test_what_a_lost_machine_had_is_done_by_the_others(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker cannot start again anywhere: the other machine has one CPU. Ray alone would wait for ever."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(ray_workers, "_LOST_SECONDS", 4.0)
+    node = cluster.add_node(num_cpus=1)
+    with ray_session(cluster.address, 1):
+        pool = Pool(count=2, what="a worker", advice="", address=cluster.address, at_once=2, watch=nothing)
+        done = []
+        for task, result in run_tasks(_Slow, (), list(range(16)), pool):
+            assert task == result
+            done.append(task)
+            if len(done) == 4:
+                cluster.remove_node(node, allow_graceful=False)
+        assert sorted(done) == list(range(16))
+    _wait_for_nodes(cluster, 1)
 
 
 def test_two_nodes_that_share_the_folders(
