@@ -6,7 +6,7 @@
 A real demonstration is recorded and repeated; da3-small has random weights (the same work). Start-up is in no ratio:
 both sides are timed from the moment when their encoder is loaded, and neither is warmed up.
 
-Keys (above 1: ours is faster; limits in AT_LEAST and AT_MOST, --strict: exit 1 when one is missed, machines are noisy):
+Keys (above 1: ours is faster; limits in AT_LEAST, --strict: exit 1 when one is missed, machines are noisy):
   extract_over_bare          rows/s of `geomcache extract`, one worker, da3-small at 252 px, over encode_padded in a
                              loop over frames that are decoded in memory
   two_workers_over_bare_pair rows/s of two workers over two bare processes at the same time, one thread each

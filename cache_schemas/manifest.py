@@ -130,6 +130,7 @@ class ExtractionRecord(Schema):
     shards_done_before: int
     rows_encoded: int
     masked_rows: dict[int, str]  # of this run: row -> why its tokens are NaN
+    rows_not_finite: int  # of this run: with a value that is not finite, masked ones among them
     workers: int
     device: str
     seconds: float  # all

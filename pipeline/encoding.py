@@ -49,7 +49,8 @@ def encode_padded(encoder: GeometryEncoder, frames: FrameBatch) -> torch.Tensor:
 def slot_deviation(encoder: GeometryEncoder, frames: FrameBatch) -> float:
     """Largest difference of a token when its frame has another slot of the batch and other neighbours.
 
-    0.0 on a CPU. A GPU may pick another kernel or order of sums only for another batch size, but promises nothing.
+    0.0 on a CPU; infinite where only one of the two is a number. A GPU may pick another kernel or order of sums only
+    for another batch size, but promises nothing.
 
     Args:
         encoder: loaded.
@@ -59,8 +60,12 @@ def slot_deviation(encoder: GeometryEncoder, frames: FrameBatch) -> float:
     back = np.arange(len(frames) - 1, -1, -1)
     turned = encode_padded(encoder, frames[back])[torch.from_numpy(back.copy())]
     alone = torch.cat([encode_padded(encoder, frames[row : row + 1]) for row in range(min(len(frames), 2))])
-    differences = torch.cat([(turned - straight).abs().flatten(), (alone - straight[: len(alone)]).abs().flatten()])
-    return float(differences.nan_to_num(0.0).max())
+    largest = 0.0
+    for one, other in ((turned, straight), (alone, straight[: len(alone)])):
+        if not torch.equal(one.isnan(), other.isnan()):
+            return float("inf")
+        largest = max(largest, float((one - other).abs().nan_to_num(0.0).max()))
+    return largest
 
 
 def gflop_per_row(encoder: GeometryEncoder, frames: FrameBatch) -> float:

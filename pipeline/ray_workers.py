@@ -138,7 +138,8 @@ class _Crew(Generic[T]):
                 except _Died as death:
                     self._strike(worker, task, death)
                     continue
-                self._idle.append(worker)
+                if worker not in self._away:
+                    self._idle.append(worker)
                 if self._pool.tasks_each > 1:
                     self._hand_out()
                 yield task, result
@@ -270,7 +271,18 @@ def ray_session(address: str | None, cpus: int) -> Iterator[Any]:
     local["_node_ip_address"] = "127.0.0.1"
     with redirect_stdout(sys.stderr):  # Ray prints its notices; standard output belongs to --json
         where = {"address": address} if address else local
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
+        except (ValueError, ConnectionError, RuntimeError) as problem:
+            if address is None:
+                raise
+            raise InputError(
+                f"the Ray cluster at {address} cannot be joined",
+                expected="HOST:PORT of a running cluster's head, or auto on one of its machines",
+                found=f"{type(problem).__name__}: {str(problem).splitlines()[0]}",
+                fix="ray status on that host; a cluster with tokens (Ray's default) needs RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here",
+            ) from problem
         try:
             yield ray
         finally:
@@ -303,10 +315,14 @@ def _require_resources(ray: Any, pool: Pool) -> None:
                 f"the Ray cluster has too few {resource}s for {pool.count} workers",
                 expected=f"{pool.count * each:g} {resource}s",
                 found=f"{found:g}",
-                fix=f"--workers {possible}"
-                if possible
-                else "use a machine or a cluster that has one, or --set device=cpu",
+                fix=f"--workers {possible}" if possible else _without(resource),
             )
+
+
+def _without(resource: str) -> str:
+    if resource == "GPU":
+        return "use a machine or a cluster that has one, or --set device=cpu"
+    return "--set cpus_per_worker=1, or a machine with more"
 
 
 def _start(ray: Any, workers: list[Any], pool: Pool) -> list[Any]:

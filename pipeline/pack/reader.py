@@ -228,8 +228,9 @@ class PackReader:
 
     def close(self) -> None:
         """Close the shard files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        with self._files_lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
 
     def __enter__(self) -> "PackReader":
         return self

@@ -91,4 +91,6 @@ def extraction_record(location: str) -> ExtractionRecord | None:
 
 
 def _mean(commits: list[ShardCommit]) -> float:
-    return sum(commit.statistics.mean_norm * commit.rows for commit in commits) / sum(commit.rows for commit in commits)
+    rows = [commit.rows - commit.invalid_rows for commit in commits]
+    norms = (commit.statistics.mean_norm * count for commit, count in zip(commits, rows, strict=True))
+    return sum(norms) / max(sum(rows), 1)

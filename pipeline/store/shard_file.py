@@ -66,6 +66,7 @@ class ShardFile:
         self._digest, self._crcs = hashlib.sha256(), bytearray()
         self._rows, self._size, self._not_synced = 0, 0, 0
         self._packing: deque[Future[_Packed]] = deque()
+        self._digesting: deque[Future[None]] = deque()
         self._syncing: Future[None] | None = None
 
     def __enter__(self) -> "ShardFile":
@@ -115,7 +116,9 @@ class ShardFile:
             self._rows += 1
         self._crcs += b"".join(bytes(crc) for crc in ready.parts[1::2])
         write_all(self._file.fileno(), ready.parts)
-        self._digester.submit(self._take, ready.parts)
+        self._digesting.append(self._digester.submit(self._take, ready.parts))
+        if len(self._digesting) > _GROUPS_AHEAD:
+            self._digesting.popleft().result()
         # The disk works while checksums are made, or the next tokens.
         if self._not_synced >= _GROUP_BYTES and (self._syncing is None or self._syncing.done()):
             if self._syncing is not None:

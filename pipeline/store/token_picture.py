@@ -152,7 +152,7 @@ def _named(spec: TokenSpec, paint: PanelPaint) -> str:
 def _draw_tokens(axis: Any, spec: TokenSpec, paint: PanelPaint, tokens_GD: NDArray[np.float32], title: str) -> None:
     """One view's tokens, or all pooled ones; these have no shape to keep."""
     bad = ~np.isfinite(tokens_GD).all(axis=-1).reshape(_shape(spec))
-    axis.imshow(paint(tokens_GD).reshape(*bad.shape, 3), aspect="equal" if spec.pooled_to is None else "auto")
+    axis.imshow(paint(tokens_GD).reshape(*bad.shape, 3), aspect=_aspect(spec))
     if bad.any():
         lines, columns = np.nonzero(bad)
         axis.scatter(columns, lines, marker="x", color="black", s=12, linewidths=0.7)
@@ -200,6 +200,14 @@ def _draw_from_above(
 def _episode_title(pack: PackReader, episode: int) -> str:
     record = pack.episodes[episode]
     return f"{record.instruction}\n{record.suite}, episode {record.number} of its task ({episode} of the pack)"
+
+
+def _aspect(spec: TokenSpec) -> float | str:
+    """So that a view's tokens cover what its frame covers, also on a grid of another shape."""
+    if spec.pooled_to is not None:
+        return "auto"
+    height, width = spec.image_size
+    return (height / spec.grid[0]) / (width / spec.grid[1])
 
 
 def _draw_frames(axes: Any, spec: TokenSpec, images_VHWC: NDArray[np.uint8] | None, *, named: bool = True) -> None:

@@ -51,6 +51,7 @@ def progress_bar(title: str, *, lines: bool = False) -> Iterator[Callable[..., N
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     columns = (
         TextColumn("{task.description}"),
@@ -58,9 +59,9 @@ def progress_bar(title: str, *, lines: bool = False) -> Iterator[Callable[..., N
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         task = progress.add_task(title, total=None, text="")
 
         def report(done: int, total: int, text: str = "") -> None:

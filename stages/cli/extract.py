@@ -92,15 +92,19 @@ def extract(
         first, problem = next(iter(result.masked_rows.items()))
         say(f"{len(result.masked_rows)} rows are masked: their tokens are NaN, and training leaves them out")
         say(f"  row {first}: {problem}   (all of them: {settings.out}/extract.jsonl)")
+        say("  a damaged picture must be mended in the pack before training: build it again, this cache fits it")
+    if result.rows_not_finite > len(result.masked_rows):
+        say(f"{result.rows_not_finite} rows have values that are not finite: geomcache cache stats {settings.out}")
     show(result, as_json)
 
 
 def _say_what_it_takes(settings: "ExtractConfig", rows: int | None, tflops: float | None, as_json: bool) -> None:
+    from geomcache.stages.extract.cluster import cluster
     from geomcache.stages.extract.estimate import estimate, require_bytes, size
     from geomcache.stages.extract.plan import make_plan
 
-    say("measuring a few batches ...")
-    found = estimate(make_plan(settings, rough=True), rows, tflops)
+    with cluster(settings.ray_address), progress_bar("measuring batches") as progress:
+        found = estimate(make_plan(settings, rough=True), rows, tflops, progress)
     if as_json:
         show(found, as_json)
     else:

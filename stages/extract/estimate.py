@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import torch
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
-from geomcache.cache_schemas.layout import CRC_BYTES, INDEX_ENTRY_BYTES
+from geomcache.cache_schemas.layout import CRC_BYTES, INDEX_ENTRY_BYTES, shard_rows
 from geomcache.cache_schemas.manifest import Manifest
-from geomcache.pipeline.encoding import gflop_per_row, one_thread
+from geomcache.pipeline.encoding import gflop_per_row, one_thread, pad_rows
+from geomcache.pipeline.interfaces import GeometryEncoder
 from geomcache.pipeline.store.shard_file import ShardFile, compress
 from geomcache.pipeline.store.statistics import TokenSums, even_rows
-from geomcache.pipeline.tokens import StoredForm
+from geomcache.pipeline.tokens import StoredForm, build_encoder
 from geomcache.stages.extract.cluster import worker_shape
-from geomcache.stages.extract.frames_to_tokens import FramesToTokens
+from geomcache.stages.extract.frames_to_tokens import Block, FramesToTokens
 from geomcache.stages.extract.plan import ExtractPlan
 from geomcache.stages.extract.worker import open_encoder
 
@@ -59,24 +61,30 @@ class Estimate(Schema):
     device_hours: float
 
 
-def estimate(plan: ExtractPlan, rows: int | None = None, tflops: float | None = None) -> Estimate:
+def estimate(
+    plan: ExtractPlan,
+    rows: int | None = None,
+    tflops: float | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Estimate:
     """Run a few batches and reckon.
 
     One CPU worker does everything on its core, one after the other; beside a GPU the stages overlap, and the slowest
-    one counts (decoding and storing divided by the worker's CPUs).
+    one counts (decoding and storing divided by the worker's CPUs). A shard is done by one worker.
 
     Args:
         plan: see ``make_plan(rough=True)``.
         rows: to reckon with instead of the pack's, e.g. 273465 for the four suites of LIBERO.
         tflops: what a device sustains, in TFLOP/s, to reckon with instead of the measured encoder.
+        progress: called with (batches done, batches in all).
     """
     config, manifest = plan.config, plan.manifest
-    probe = _probe(plan)
+    probe = _probe(plan, progress)
     all_rows = rows if rows is not None else manifest.rows
-    left = sum(manifest.rows_per_shard for _ in plan.remaining) if rows is None else all_rows
-    left = min(left, all_rows)
+    left = all_rows if rows is not None else _rows_left(plan)
+    shards_left = -(-left // manifest.rows_per_shard)
     workers, cpus = worker_shape(
-        config.workers, config.cpus_per_worker, config.gpus_per_worker, plan.device, local=True
+        config.workers, config.cpus_per_worker, config.gpus_per_worker, plan.device, local=config.ray_address is None
     )
     overlapped = plan.device.startswith("cuda") or tflops is not None
     encode = probe["encode"] if tflops is None else probe["gflop"] / tflops / 1000
@@ -110,16 +118,22 @@ def estimate(plan: ExtractPlan, rows: int | None = None, tflops: float | None = 
         cpus_per_worker=cpus,
         assumed_tflops=tflops,
         rows_per_second=round(1 / row_seconds, 3),
-        hours={count: round(left * row_seconds / count / 3600, 4) for count in sorted({*WORKERS, workers})},
+        hours={
+            count: round(min(left, -(-shards_left // count) * manifest.rows_per_shard) * row_seconds / 3600, 4)
+            for count in sorted({*WORKERS, workers})
+        },
         device_hours=round(left * row_seconds / 3600, 4),
     )
 
 
 def require_room(plan: ExtractPlan) -> None:
     """``InputError`` when what is left to write cannot fit on the disk of the cache."""
-    rows = min(len(plan.remaining) * plan.manifest.rows_per_shard, plan.manifest.rows)
-    least = rows * _least_row_bytes(plan.manifest)
-    require_bytes(plan.config.out, round(least))
+    require_bytes(plan.config.out, round(_rows_left(plan) * _least_row_bytes(plan.manifest)))
+
+
+def _rows_left(plan: ExtractPlan) -> int:
+    rows, per_shard = plan.manifest.rows, plan.manifest.rows_per_shard
+    return sum(len(shard_rows(shard, rows, per_shard)) for shard in plan.remaining)
 
 
 def require_bytes(out: Path, needed: int) -> None:
@@ -168,7 +182,7 @@ def _row_bytes(manifest: Manifest, name: str) -> int:
     return int(np.dtype(array.dtype).itemsize * np.prod(array.row_shape))
 
 
-def _probe(plan: ExtractPlan) -> dict[str, float]:
+def _probe(plan: ExtractPlan, progress: Callable[[int, int], None]) -> dict[str, float]:
     """Seconds of each stage and bytes, a row; GFLOP of the encoder, a row."""
     manifest = plan.manifest
     pack, encoder = open_encoder(plan.config.pack, manifest.recipe, plan.device)
@@ -178,17 +192,19 @@ def _probe(plan: ExtractPlan) -> dict[str, float]:
     seconds: dict[str, float] = dict.fromkeys(("decode", "encode", "store"), 0.0)
     rows, stored_bytes, flops = 0, 0.0, 0.0
     samples: list[dict[str, Any]] = []
-    with pack, one_thread(), tempfile.TemporaryDirectory(prefix=".probe-", dir=_standing(plan.config.out)) as folder:
-        for start in range(0, len(numbers), batch):
-            part = numbers[start : start + batch]
+    batches = [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
+    beside = _standing(plan.config.out.parent)
+    with pack, one_thread(), tempfile.TemporaryDirectory(prefix=".probe-", dir=beside) as folder:
+        if len(batches) == 1:
+            batches *= 2
+        for number, part in enumerate(batches):
+            progress(number, len(batches))
             times = [time.perf_counter()]
             block = tokens.decode(part)
             times.append(time.perf_counter())
-            if start == 0:  # warms up; its time does not count
-                flops = gflop_per_row(encoder, block.parts[0]) if block.parts else 0.0
-                if len(numbers) > batch:
-                    continue
-                times = times[:1] * 2
+            if number == 0:  # warms up; its time does not count
+                flops = _gflop(plan, encoder, block)
+                continue
             given = tokens.encode(block)
             times.append(time.perf_counter())
             given = form.prepare(given)
@@ -209,11 +225,26 @@ def _probe(plan: ExtractPlan) -> dict[str, float]:
     return {**per_row, "write": write, "rows": rows, "bytes": stored_bytes / rows, "gflop": flops}
 
 
+def _gflop(plan: ExtractPlan, encoder: GeometryEncoder, block: Block) -> float:
+    """A row's; 0 where the first batch holds a bad row."""
+    record, spec = plan.manifest.recipe.encoder, encoder.spec
+    if len(block.parts) != 1:
+        return 0.0
+    if record.config.get("compile"):  # what is compiled cannot be counted
+        uncompiled = {**record.config, "compile": False}
+        encoder = build_encoder(spec.encoder, uncompiled, plan.manifest.recipe.contract, plan.device)
+    return gflop_per_row(encoder, pad_rows(block.parts[0], spec.encoder_batch_size))
+
+
 def _write(folder: Path, manifest: Manifest, samples: list[dict[str, Any]]) -> float:
     """Seconds a row: files as shards are, written and flushed, of the sampled rows over and over."""
     sampled = sum(len(next(iter(sample.values()))) for sample in samples)
     row_bytes = sum(_row_bytes(manifest, name) for name in manifest.arrays)
-    rounds = -(-min(manifest.rows_per_shard, max(1, _WRITTEN_BYTES // row_bytes)) // sampled)
+    room = min(_WRITTEN_BYTES, free_bytes(folder) // 4)
+    rounds = min(manifest.rows_per_shard, room // row_bytes) // sampled
+    if room < _WRITTEN_BYTES and rounds == 0:
+        return 0.0  # the disk is nearly full: nothing is measured, and it will not fit
+    rounds = max(1, rounds)
     started = time.perf_counter()
     for name, array in manifest.arrays.items():
         with ShardFile(folder / name, rounds * sampled, compressed=array.compression is not None) as file:

@@ -62,20 +62,30 @@ class FramesToTokens:
     def encode(self, block: Block) -> torch.Tensor:
         """Tokens [rows, V, G, D] float32 on the CPU; NaN for the rows in ``block.bad``, to which it may add.
 
+        What is no ``GeomcacheError`` (a broken device, a fault of the program) is no frame's fault and stays as it is.
+
         Raises:
-            InputError: the encoder fails on a row, which is named ("stop"), or the GPU's memory is too small.
+            InputError: the encoder refuses a row, or makes no finite token of it ("stop"); the row is named. Or there
+                is too little memory for a batch.
         """
-        if len(block.parts) == 1 and not block.bad:
-            try:
-                return encode_padded(self._encoder, block.parts[0])
-            except torch.cuda.OutOfMemoryError as problem:
-                raise InputError(
-                    "the GPU's memory is too small for a batch",
-                    found=str(problem).splitlines()[0],
-                    fix="a smaller --set encoder_config.batch_size (which makes another cache), or another GPU",
-                ) from problem
-            except (GeomcacheError, RuntimeError, ArithmeticError):
+        try:
+            if len(block.parts) == 1 and not block.bad:
+                try:
+                    tokens = encode_padded(self._encoder, block.parts[0])
+                    if _has_tokens(tokens).all():
+                        return tokens
+                except GeomcacheError:
+                    pass  # some row is refused
                 block.parts = [block.parts[0][place : place + 1] for place in range(len(block.rows))]
+            return self._one_by_one(block)
+        except torch.OutOfMemoryError as problem:
+            raise InputError(
+                "there is too little memory for a batch",
+                found=str(problem).splitlines()[0],
+                fix="a smaller --set encoder_config.batch_size (which makes another cache), or another device",
+            ) from problem
+
+    def _one_by_one(self, block: Block) -> torch.Tensor:
         tokens = torch.full((len(block.rows), *self._encoder.spec.row_shape), float("nan"))
         parts = iter(block.parts)
         for place, row in enumerate(block.rows):
@@ -83,18 +93,27 @@ class FramesToTokens:
                 continue
             try:
                 tokens[place] = encode_padded(self._encoder, next(parts))[0]
-            except (GeomcacheError, RuntimeError, ArithmeticError) as problem:
-                said = f"{type(problem).__name__}: {problem}"
-                if self._on_error == "stop":
-                    raise InputError(
-                        f"encoder {self._encoder.spec.encoder} fails on {self._name(row)}, also by itself",
-                        found=said.replace("\n", " "),
-                        fix="--on-error mask records such rows as invalid, and training leaves them out",
-                    ) from problem
-                block.bad[row] = said.splitlines()[0]
+                if _has_tokens(tokens[place : place + 1]).all():
+                    continue
+                said = "no token is finite"
+            except GeomcacheError as problem:
+                said = str(problem)
+            if self._on_error == "stop":
+                raise InputError(
+                    f"encoder {self._encoder.spec.encoder} fails on {self._name(row)}, also by itself",
+                    found=said.replace("\n", " "),
+                    fix="--on-error mask records such rows as invalid, and training leaves them out",
+                )
+            tokens[place] = float("nan")
+            block.bad[row] = said.splitlines()[0]
         return tokens
 
     def _name(self, row: int) -> str:
         episode = self._pack.episodes[int(self._pack.episode_of_row[row])]
         where = f"{episode.suite}, {episode.task}, episode {episode.number}, step {row - episode.first_row}"
         return f"row {row} of {self._pack.path} ({where})"
+
+
+def _has_tokens(tokens_BVGD: torch.Tensor) -> torch.Tensor:
+    """Whether anything of a row is finite, [B]; an encoder in half precision may overflow."""
+    return tokens_BVGD.isfinite().flatten(1).any(dim=1)

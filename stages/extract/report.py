@@ -34,9 +34,12 @@ class RunLog:
         self._ready: float | None = None
         self._last = self._began  # when a shard was finished
         self._in_work = 0
+        self._finished: set[int] = set()  # shards; what a worker says may be a second old
         self.encoded = 0
+        self.rows_not_finite = 0
         self.masked: dict[int, str] = {}
         self.slot_deviation: float | None = None
+        self._busy: Counter[str] = Counter()
         self._states: dict[str, dict[str, Any]] = {}  # of every worker that ever answered, dead ones too
         self._alive: list[str] = []
         progress(done, rows)
@@ -70,14 +73,18 @@ class RunLog:
         for worker in sorted(gone):
             self.event("worker lost", worker=worker, shards=list(self._states[worker]["shards"]))
         self._alive = [state["worker"] for state in answered]
-        self._in_work = sum(sum(state["shards"].values()) for state in answered)
+        in_work = [each for state in answered for each in state["shards"].items()]
+        self._in_work = sum(rows for shard, rows in in_work if shard not in self._finished)
         self._show()
 
     def shard(self, commit: ShardCommit, masked: dict[int, str], worker: str) -> None:
         """Count a finished shard."""
         self._committed += commit.rows
         self._last = time.perf_counter()
+        self._finished.add(commit.shard)
+        self._busy.update(commit.seconds)
         self._in_work = max(0, self._in_work - commit.rows)
+        self.rows_not_finite += commit.invalid_rows
         self.encoded += commit.rows
         self.masked |= masked
         seconds = {stage: round(spent, 4) for stage, spent in commit.seconds.items()}
@@ -100,16 +107,15 @@ class RunLog:
 
     @property
     def busy_seconds(self) -> dict[str, float]:
-        """Of each stage, over all workers; what a dead worker did after it was last asked is not in it."""
-        total: Counter[str] = Counter()
-        for state in self._states.values():
-            total.update(state["seconds"])
-        return {stage: round(total[stage], 3) for stage in _STAGES}
+        """Of each stage, over all workers, of this run's finished shards."""
+        return {stage: round(self._busy[stage], 3) for stage in _STAGES}
 
     def _show(self) -> None:
-        busy = self.busy_seconds
+        busy: Counter[str] = Counter()  # as workers say, so that there is something before the first shard is finished
+        for state in self._states.values():
+            busy.update(state["seconds"])
         spent = sum(busy.values())
-        shares = ", ".join(f"{stage} {seconds / spent:.0%}" for stage, seconds in busy.items()) if spent else ""
+        shares = ", ".join(f"{stage} {busy[stage] / spent:.0%}" for stage in _STAGES) if spent else "starting"
         workers = []
         for name in self._alive[:_SHOWN_WORKERS]:
             shards = self._states[name]["shards"]

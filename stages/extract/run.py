@@ -42,7 +42,7 @@ def run(
             return _work(plan, RunLog(None, progress, plan.manifest.rows, plan.manifest.rows), started)
         require_room(plan)
         if plan.non_commercial:
-            tell(f"NOTE: the weights are not for commercial use: {plan.manifest.recipe.encoder.license}")
+            tell(f"NOTE: not for commercial use, by the licence of the weights: {plan.manifest.recipe.encoder.license}")
         if config.ray_address is not None:
             require_shared_folders(config.out, config.pack)
         with write_lock(config.out, "geomcache extract", unlock=unlock):
@@ -85,6 +85,7 @@ def _work(plan: ExtractPlan, log: RunLog, started: float) -> ExtractionRecord:
         shards_done_before=manifest.shards - len(plan.remaining),
         rows_encoded=log.encoded,
         masked_rows=log.masked,
+        rows_not_finite=log.rows_not_finite,
         workers=pool.count,
         device=plan.device,
         seconds=round(time.perf_counter() - started, 3),

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from numpy.typing import NDArray
 
-from geomcache.cache_schemas.errors import CacheStale, InputError
+from geomcache.cache_schemas.errors import CacheStale, GeomcacheError, InputError
 from geomcache.cache_schemas.layout import shard_rows
 from geomcache.cache_schemas.manifest import Manifest, ShardCommit, TokenRecipe
 from geomcache.pipeline.encoding import one_thread, slot_deviation
@@ -143,12 +143,7 @@ class ShardWorker:
         Raises:
             CacheStale: this machine's pack or weights are not those of the manifest.
         """
-        parts = self._ready()
-        if self._device.startswith("cuda"):
-            rows = range(min(self._manifest.rows, parts.encoder.spec.encoder_batch_size))
-            block = parts.tokens.decode(rows)
-            if len(block.parts) == 1:
-                self._slot_deviation = slot_deviation(parts.encoder, block.parts[0])
+        self._ready()
         return self.state()
 
     def state(self) -> dict[str, Any]:
@@ -243,6 +238,10 @@ class ShardWorker:
                         packers=pool(self._threads, "store"),
                         stack=stack.pop_all(),
                     )
+                    if self._device.startswith("cuda"):
+                        rows = range(min(self._manifest.rows, encoder.spec.encoder_batch_size))
+                        with suppress(GeomcacheError):  # a bad frame; the run says so when it comes to it
+                            self._slot_deviation = slot_deviation(encoder, pack.frames(rows))
             return self._parts
 
 

@@ -20,6 +20,7 @@ import torch
 
 from geomcache.cache_schemas.errors import CacheLocked, CacheMissing
 from geomcache.cache_schemas.layout import shard_rows
+from geomcache.cache_schemas.manifest import EXTRACTION_NAME
 from geomcache.pipeline.files import write_config
 from geomcache.pipeline.store.lock import write_lock
 from geomcache.pipeline.store.reader import CachedTokens
@@ -156,9 +157,9 @@ def contents(cache: Path) -> dict[str, object]:
 
 
 def differences(cache: Path, truth: Path) -> list[str]:
-    """Files that one of the two has not, or has with other bytes; the log is of what happened."""
+    """Files that one of the two has not, or has with other bytes; but what tells how it was made."""
     mine, theirs = contents(cache), contents(truth)
-    names = (mine.keys() | theirs.keys()) - {LOG_NAME}
+    names = (mine.keys() | theirs.keys()) - {LOG_NAME, EXTRACTION_NAME}
     return sorted(name for name in names if mine.get(name) != theirs.get(name))
 
 

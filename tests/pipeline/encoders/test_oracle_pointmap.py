@@ -206,6 +206,28 @@ def test_an_occluder_hides_a_point_from_the_other_view(contract: Contracts) -> N
     assert told(three, contract, (8, 8))["visibility"][0].tolist() == [[0.5, 0.5, 1, 1, 1, 0.5, 1, 1]] * 8
 
 
+def test_cameras_turned_about_their_axis_see_what_a_plain_projection_says(contract: Contracts) -> None:
+    """Both look straight down on the floor, turned by 30 and 75 degrees: which points land in the other's picture."""
+    poses = []
+    for degrees, x, y in ((30.0, 0.0, 0.0), (75.0, 0.9, 0.4)):
+        cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        pose = np.eye(4)
+        pose[:3, :3] = [[cos, sin, 0], [sin, -cos, 0], [0, 0, -1]]
+        pose[:3, :3] = pose[:3, :3] @ [[0, -1, 0], [1, 0, 0], [0, 0, 1]]  # no longer its own transpose
+        pose[:3, 3] = x, y, 2.0
+        poses.append(pose)
+    floor = np.full((32, 32), 2.0)
+    found = told(scene([floor, floor], 16.0, poses), contract, (8, 8))
+    for view, other in ((0, 1), (1, 0)):
+        points, visible = found["xyz"][view].reshape(-1, 3), found["visibility"][view].ravel()
+        for point, seen in zip(points, visible, strict=True):
+            camera = np.linalg.inv(poses[other]) @ [*point, 1.0]
+            u, v = 16.0 * camera[:2] / camera[2] + 16.0
+            assert seen == (0 <= u < 32 and 0 <= v < 32)
+            assert abs(float(point[2])) < 1e-5
+        assert 0 < found["visibility"][view].sum() < 64
+
+
 def test_nobody_else_sees_a_point_alone_behind_the_camera_or_from_the_back(contract: Contracts) -> None:
     wall, turned_round = np.full((8, 8), 1.0), np.diag([-1.0, 1.0, -1.0, 1.0])
     assert not told(scene([wall], 4.0, [moved()]), contract, (4, 4))["visibility"].any()

@@ -283,3 +283,25 @@ def test_the_grid_is_never_finer_than_the_networks() -> None:
 def test_a_device_that_is_not_there(contract: Contracts) -> None:
     with pytest.raises(InputError, match="device cuda:99 cannot be used"):
         Encoder(Config(), contract()).load("cuda:99")
+
+
+def _integer_keys(path: Path) -> None:
+    torch.save({1: torch.zeros(2)}, path)
+
+
+def _complex_numbers(path: Path) -> None:
+    torch.save({name: value + 0j for name, value in xfeat.build_network(0).state_dict().items()}, path)
+
+
+def _unknown_compression(path: Path) -> None:
+    torch.save(xfeat.build_network(0).state_dict(), path)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 10] = 77  # the last entry's method in the central directory
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("make", [_integer_keys, _complex_numbers, _unknown_compression])
+def test_whatever_a_foreign_file_holds_is_refused_by_name(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"x\.pt cannot be"):
+        xfeat.fill(xfeat.build_network(0), tmp_path / "x.pt")

@@ -6,7 +6,7 @@ import torch
 
 from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.token_spec import ChannelStatistics
-from geomcache.pipeline.store.statistics import channel_statistics, even_rows, shard_statistics
+from geomcache.pipeline.store.statistics import TokenSums, channel_statistics, even_rows, shard_statistics
 from geomcache.pipeline.tokens import as_tensors, build_codec
 from tests.contracts.test_codecs import SPEC, tokens
 
@@ -36,6 +36,23 @@ def test_every_number_against_numpy(codec_name: str, offset: float, spread: floa
     assert found.codec_max_error == pytest.approx(np.abs(kept - true).max(), rel=1e-4)
     relative = ((kept - true) ** 2).mean(axis=0) / true.var(axis=0)
     assert found.codec_rms_error == pytest.approx(np.sqrt(relative.mean()), rel=1e-3)
+
+
+def test_blocks_of_a_shard_add_up_to_the_whole() -> None:
+    """Of unequal length and far apart, one without a finite token: as if they had come at once."""
+    given = tokens(11)
+    given[:4] += 50
+    given[4] = float("nan")
+    given[9, 0, 2] = float("inf")
+    codec = build_codec(SPEC)
+    blocks = [given[:1], given[1:4], given[4:5], given[5:]]
+    found = TokenSums.total([TokenSums.of(codec, block, codec.encode(block)) for block in blocks]).statistics()
+    whole = shard_statistics(codec, given, codec.encode(given))
+    assert found.model_dump(exclude={"valid_rows"}) == pytest.approx(whole.model_dump(exclude={"valid_rows"}), rel=1e-5)
+    assert found.valid_rows == whole.valid_rows
+    read = codec.decode(as_tensors(codec.encode(given))).double()
+    there = read[read.isfinite().all(dim=-1)].numpy()
+    assert found.std == pytest.approx(there.std(), rel=1e-4)
 
 
 def test_a_codec_that_destroys_what_varies_cannot_hide_behind_a_large_mean() -> None:
