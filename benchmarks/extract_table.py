@@ -27,7 +27,8 @@ classes run.
 - **Measured here**: one CPU core, float32, random weights (the same work), one row a batch.
 - **Assumed, not measured**: GPUs that sustain {tflops:g} TFLOP/s in bfloat16, each with {cpus} CPU threads as fast as
   one of these and a disk as fast as this one to itself; the last column says what a shared disk must take from each. No
-  GPU was at hand. Where operations are few, decoding the pictures is what takes the hours.
+  GPU was at hand. Where operations are few, decoding the pictures or the disk take the hours; the disk's speed is
+  measured for each line by 64 MB and varies (so small, with fewer bytes than base, may come out slower).
 
 """
 

@@ -58,6 +58,8 @@ def extract(
     Tokens go into a sharded Zarr v3 cache. A stopped run continues with the shards that are missing.
     `geomcache encoders` lists encoders, their weights and licences. An encoder's own settings:
     --set encoder_config.model=da3-base --set encoder_config.weights=FOLDER
+
+    Of a worker: --set device=cpu, --set gpus_per_worker=0.5 (two share one), --set cpus_per_worker=8 (decode, store).
     """
     from geomcache.cache_schemas.errors import InputError
     from geomcache.configs.load import load_config
