@@ -28,6 +28,7 @@ REDO = "geomcache cache verify CACHE --repair, then run the same geomcache extra
 _GROUP_BYTES = 8 << 20  # written by one system call; small enough that the first checksums are ready at once
 _GROUP_ROWS = 256  # a system call takes 1,024 buffers, two a row
 _GROUPS_AHEAD = 4  # packed, or being packed, while earlier ones are written
+_DIGESTS_AHEAD = 32  # written, but not in the file's digest yet: most of it is made while the disk flushes
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ShardFile:
         self._crcs += b"".join(bytes(crc) for crc in ready.parts[1::2])
         write_all(self._file.fileno(), ready.parts)
         self._digesting.append(self._digester.submit(self._take, ready.parts))
-        if len(self._digesting) > _GROUPS_AHEAD:
+        if len(self._digesting) > _DIGESTS_AHEAD:
             self._digesting.popleft().result()
         # The disk works while checksums are made, or the next tokens.
         if self._not_synced >= _GROUP_BYTES and (self._syncing is None or self._syncing.done()):
