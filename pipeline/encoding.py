@@ -49,8 +49,8 @@ def encode_padded(encoder: GeometryEncoder, frames: FrameBatch) -> torch.Tensor:
 def slot_deviation(encoder: GeometryEncoder, frames: FrameBatch) -> float:
     """Largest difference of a token when its frame has another slot of the batch and other neighbours.
 
-    0.0 on a CPU; infinite where only one of the two is a number. A GPU may pick another kernel or order of sums only
-    for another batch size, but promises nothing.
+    0.0 on a CPU; the largest float32 where only one of the two is a number (JSON knows no infinity). A GPU may pick
+    another kernel or order of sums only for another batch size, but promises nothing.
 
     Args:
         encoder: loaded.
@@ -63,7 +63,7 @@ def slot_deviation(encoder: GeometryEncoder, frames: FrameBatch) -> float:
     largest = 0.0
     for one, other in ((turned, straight), (alone, straight[: len(alone)])):
         if not torch.equal(one.isnan(), other.isnan()):
-            return float("inf")
+            return torch.finfo(torch.float32).max
         largest = max(largest, float((one - other).abs().nan_to_num(0.0).max()))
     return largest
 

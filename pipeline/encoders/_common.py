@@ -18,14 +18,19 @@ from geomcache.pipeline.frames import FrameBatch
 PATCH = 14  # pixels, of every DINOv2
 
 
-def _whole_patches(pixels: int) -> int:
-    if pixels < PATCH or pixels % PATCH:
-        below = max(PATCH, pixels // PATCH * PATCH)
-        raise ValueError(f"a multiple of {PATCH} pixels, such as {below} or {below + PATCH}")
-    return pixels
+def multiple_of(step: int) -> AfterValidator:
+    """A picture's side in pixels that must be a multiple of ``step``; the error names the nearest."""
+
+    def check(pixels: int) -> int:
+        if pixels < step or pixels % step:
+            below = max(step, pixels // step * step)
+            raise ValueError(f"a multiple of {step} pixels, such as {below} or {below + step}")
+        return pixels
+
+    return AfterValidator(check)
 
 
-PatchedPixels = Annotated[int, AfterValidator(_whole_patches)]
+PatchedPixels = Annotated[int, multiple_of(PATCH)]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from geomcache.cache_schemas.base import Schema
@@ -38,6 +38,7 @@ from geomcache.pipeline.encoders._common import (
     check_batch,
     compiling,
     frame_size,
+    multiple_of,
     precision,
     require_upright,
     resample,
@@ -63,14 +64,7 @@ DIM = 64
 DEFAULT_CODEC = "bf16"
 
 
-def _whole_steps(pixels: int) -> int:
-    if pixels < SIDE or pixels % SIDE:
-        below = max(SIDE, pixels // SIDE * SIDE)
-        raise ValueError(f"a multiple of {SIDE} pixels, such as {below} or {below + SIDE}")
-    return pixels
-
-
-Pixels = Annotated[int, AfterValidator(_whole_steps)]
+Pixels = Annotated[int, multiple_of(SIDE)]
 Cells = Annotated[int, Field(ge=1)]
 
 

@@ -65,9 +65,8 @@ class RunLog:
         for state in answered:
             if state["worker"] not in self._states:
                 self.event("worker", worker=state["worker"], slot_deviation=state["slot_deviation"])
-                deviation = state["slot_deviation"]
-                if deviation is not None:
-                    self.slot_deviation = max(deviation, self.slot_deviation or 0.0)
+            if state["slot_deviation"] is not None:  # one that was started again measures after its first answer
+                self.slot_deviation = max(state["slot_deviation"], self.slot_deviation or 0.0)
             self._states[state["worker"]] = state
         gone = set(self._alive) - {state["worker"] for state in answered}
         for worker in sorted(gone):

@@ -285,6 +285,14 @@ def test_slots_and_neighbours_do_not_matter_on_a_cpu(pack_path: Path) -> None:
         encoder.encode = leaky  # type: ignore[method-assign]
         assert slot_deviation(encoder, pack.frames([0, 7, 20])) == pytest.approx(0.25, rel=1e-4)
 
+        def broken(frames: Any) -> torch.Tensor:  # a slot that gives no number
+            tokens = honest(frames)
+            tokens[1, 0, 0] = float("nan")
+            return tokens
+
+        encoder.encode = broken  # type: ignore[method-assign]
+        assert slot_deviation(encoder, pack.frames([0, 7, 20])) > 1e38
+
 
 def _commit(shard: int, rows: int, **seconds: float) -> ShardCommit:
     statistics = ShardStatistics(min=0.0, max=1.0, mean_norm=1.0, non_finite=0)
@@ -306,6 +314,10 @@ def test_what_a_run_tells(tmp_path: Path) -> None:
     assert seen[-1][0] == 40
     log.watch([{**state, "worker": "a:9", "shards": {}, "slot_deviation": 0.5}, None])
     assert log.slot_deviation == 0.5
+    log.watch(
+        [{**state, "worker": "a:9", "shards": {}, "slot_deviation": 0.75}, None]
+    )  # measured after it was heard of
+    assert log.slot_deviation == 0.75
     events = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
     assert [event["event"] for event in events] == ["worker", "shard", "masked", "worker", "worker lost"]
     assert (events[-1]["worker"], events[-1]["shards"]) == ("a:1", [2])
