@@ -102,9 +102,7 @@ class LivePolicy:
         noise = torch.stack([self._net.draw_noise(seed) for seed in noise_seeds])
         with self._net.autocast(self.card.mixed_precision):
             normalised = self._net.sample(batch, noise_BTA=noise).cpu().numpy()
-        actions = self.card.normaliser.action.denormalise(normalised)
-        actions[..., -1] = np.where(actions[..., -1] > 0, 1.0, -1.0)  # the gripper opens or closes, nothing between
-        return np.clip(actions, -1.0, 1.0)
+        return np.clip(self.card.normaliser.denormalise_actions(normalised), -1.0, 1.0)
 
 
 def noise_seed(seed: int, episode: str, query: int) -> int:

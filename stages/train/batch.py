@@ -35,6 +35,23 @@ class PolicyBatch:
         return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in present.items()})
 
 
+@dataclass(frozen=True)
+class GeomSizes:
+    """Sizes of a compressor: the tokens that come in and those that go out. All 0 in V, G, D without geometry."""
+
+    views: int  # V
+    grid: tuple[int, int]  # rows and columns of tokens in a view; G = rows * columns
+    dim: int  # D
+    context_dim: int  # C, the width of the VLM's hidden states
+    num_blocks: int  # L, the number of cross-attending DiT blocks
+    num_tokens: int  # K
+
+    @property
+    def tokens_per_view(self) -> int:
+        """G."""
+        return self.grid[0] * self.grid[1]
+
+
 class GeomTokens(NamedTuple):
     """What every compressor returns, whatever its type."""
 

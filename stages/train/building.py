@@ -34,10 +34,14 @@ def parse_options(kind: str, name: str, options: Mapping[str, Any]) -> Any:
 
 
 def compressors_for(spec: TokenSpec) -> list[str]:
-    """The compressors that can read these tokens."""
+    """The compressors that can read these tokens, with their default options."""
     names = [name for name in plugins.names("compressor") if name != "none"]
     if spec.pooled_to is not None:
-        names = [name for name in names if plugins.load("compressor", name).reads_pooled]
+        names = [
+            name
+            for name in names
+            if plugins.load("compressor", name).reads_pooled(plugins.config_class("compressor", name)())
+        ]
     return names
 
 
@@ -46,19 +50,20 @@ def require_fitting_tokens(name: str, reads_pooled: bool, spec: TokenSpec, num_t
 
     Args:
         name: of the compressor.
-        reads_pooled: it gives the same from group means as from the tokens themselves.
+        reads_pooled: with its options it gives the same from group means as from the tokens themselves.
         spec: of the cache.
         num_tokens: K that the compressor makes.
 
     Raises:
-        ConfigError: the compressor looks at single tokens, or makes another number of groups than the cache keeps.
+        ConfigError: the compressor looks at single tokens or their places, or makes another number of groups than
+            the cache keeps.
     """
     if spec.pooled_to is None:
         return
     if not reads_pooled:
         raise ConfigError(
             f"compressor {name!r} reads every token, and this cache keeps {spec.pooled_to} means of groups",
-            expected="a full cache (or compressor pool or per_layer)",
+            expected="a full cache (or compressor pool or per_layer, without view_embedding and position_embedding)",
             found=f"a cache pooled to {spec.pooled_to}",
             fix="train on the cache that it was derived from, or geomcache extract without --pool",
         )

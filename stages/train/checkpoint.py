@@ -1,14 +1,20 @@
 """A checkpoint is a folder that appears whole: weights, optimiser, and the card from which everything is rebuilt.
 
-``policy.safetensors`` weights · ``optimizer.pt`` AdamW state (tensors and numbers only, read with weights_only) ·
+``policy.safetensors`` weights · ``ema.safetensors`` the averaged trainable weights, which act · ``optimizer.pt`` AdamW
+state (tensors and numbers only, read with weights_only; one file a rank where ranks hold different parts) ·
 ``card.json`` everything the live path is built from · ``backbone/`` tokenizer and model configuration.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,10 +27,12 @@ from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.files import sync_file, sync_folder, temporary_name, write_atomic
 from geomcache.stages.train.config import MixedPrecision
+from geomcache.stages.train.ema import Ema
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.policy import PolicyConfig, PolicyNet
+from geomcache.stages.train.sharding import is_sharded, load_optimizer_state, optimizer_state, whole
 
-_CARD, _WEIGHTS, _OPTIMIZER, _BACKBONE = "card.json", "policy.safetensors", "optimizer.pt", "backbone"
+_CARD, _WEIGHTS, _AVERAGES, _BACKBONE = "card.json", "policy.safetensors", "ema.safetensors", "backbone"
 
 
 class CheckpointCard(VersionedSchema):
@@ -71,46 +79,104 @@ def read_card(checkpoint: Path) -> CheckpointCard:
 
 
 def save_checkpoint(
-    run: Path, card: CheckpointCard, policy: PolicyNet, optimizer: torch.optim.Optimizer, *, keep_last: int
+    run: Path,
+    card: CheckpointCard,
+    policy: PolicyNet,
+    optimizer: Any,
+    ema: Ema | None,
+    accelerator: Accelerator,
+    *,
+    keep_last: int,
+    keep_every: int | None,
 ) -> Path:
-    """Write ``run/checkpoints/step_<n>`` whole (temporary folder, then rename); drop all but the newest few."""
+    """Write ``run/checkpoints/step_<n>`` whole (temporary folder, then rename); drop what need not be kept.
+
+    Every rank calls it. The main one writes the weights, as whole tensors; where ranks hold different optimiser state,
+    each writes its own.
+    """
     final = run / "checkpoints" / f"step_{card.step:08d}"
-    final.parent.mkdir(parents=True, exist_ok=True)
+    main = accelerator.is_main_process
     temporary = temporary_name(final)
+    if main:
+        temporary.mkdir(parents=True)
+    temporary = Path(broadcast_object_list([str(temporary)])[0])
     try:
-        temporary.mkdir()
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
-        try:
-            save_file(state, temporary / _WEIGHTS)
-            torch.save(optimizer.state_dict(), temporary / _OPTIMIZER)
-        except (SafetensorError, RuntimeError) as problem:  # both libraries hide the system's error
-            raise InputError(
-                f"the checkpoint {final} could not be written",
-                expected="room on the disk",
-                found=str(problem).splitlines()[0],
-                fix="make room, then run the same command again; it continues from the last checkpoint",
-            ) from problem
-        for name in (_WEIGHTS, _OPTIMIZER):
-            sync_file(temporary / name)
-        digests = {name: digest_file(temporary / name) for name in (_WEIGHTS, _OPTIMIZER)}
-        policy.save_backbone(temporary / _BACKBONE)
-        write_atomic(temporary / _CARD, card.model_copy(update={"digests": digests}).model_dump_json(indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
+        with _named_errors(final):
+            _save_tensors(dict(policy.state_dict()), temporary / _WEIGHTS, main)
+            if ema is not None:
+                _save_tensors(ema.as_tensors(), temporary / _AVERAGES, main)
+            sharded = is_sharded(policy, optimizer)
+            if main or sharded:
+                path = temporary / _optimizer_name(accelerator.process_index if sharded else None)
+                torch.save(optimizer_state(optimizer), path)
+        accelerator.wait_for_everyone()
+        if main:
+            policy.save_backbone(temporary / _BACKBONE)
+            names = sorted(path.name for path in temporary.iterdir() if path.is_file())
+            for name in names:
+                sync_file(temporary / name)
+            digests = {name: digest_file(temporary / name) for name in names}
+            write_atomic(temporary / _CARD, card.model_copy(update={"digests": digests}).model_dump_json(indent=2))
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(final.parent)
-    for old in checkpoints_of(run)[:-keep_last]:
-        shutil.rmtree(old)
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if main:
+        sync_folder(final.parent)
+        for old in checkpoints_of(run)[:-keep_last]:
+            if keep_every is None or step_of(old) % keep_every:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
     return final
 
 
-def load_policy(checkpoint: Path, card: CheckpointCard) -> PolicyNet:
-    """The policy with the checkpoint's weights, strictly loaded."""
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps done, from the folder's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+@contextmanager
+def _named_errors(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as problem:  # both libraries hide the system's error
+        raise InputError(
+            f"the checkpoint {final} could not be written",
+            expected="room on the disk",
+            found=str(problem).splitlines()[0],
+            fix="make room, then run the same command again; it continues from the last checkpoint",
+        ) from problem
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, main: bool) -> None:
+    state = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach())  # every rank takes part
+        if main:
+            state[name] = value.cpu().contiguous()
+    if main:
+        save_file(state, path)
+
+
+def _optimizer_name(rank: int | None) -> str:
+    return "optimizer.pt" if rank is None else f"optimizer_rank{rank}.pt"
+
+
+def load_policy(checkpoint: Path, card: CheckpointCard, *, averaged: bool = True) -> PolicyNet:
+    """The policy with the checkpoint's weights, strictly loaded: the averaged ones where there are any."""
     policy = PolicyNet(card.policy, card.recipe.spec if card.recipe else None, backbone_folder=checkpoint / _BACKBONE)
     load_weights(policy, checkpoint)
+    if averaged and _AVERAGES in card.digests:
+        policy.load_state_dict(read_averages(checkpoint), strict=False)
     return policy
+
+
+def read_averages(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights (EMA) of a checkpoint, by name."""
+    _require_whole(checkpoint, _AVERAGES)
+    return load_file(checkpoint / _AVERAGES)
 
 
 def load_weights(policy: nn.Module, checkpoint: Path) -> None:
@@ -138,10 +204,12 @@ def _require_whole(checkpoint: Path, name: str) -> None:
         )
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Restore AdamW's moments and step counts."""
-    _require_whole(checkpoint, _OPTIMIZER)
-    optimizer.load_state_dict(torch.load(checkpoint / _OPTIMIZER, weights_only=True, map_location="cpu"))
+def load_optimizer(optimizer: Any, policy: nn.Module, checkpoint: Path, rank: int) -> None:
+    """Restore AdamW's moments and step counts, after accelerate has prepared both."""
+    name = _optimizer_name(rank if is_sharded(policy, optimizer) else None)
+    _require_whole(checkpoint, name)
+    state = torch.load(checkpoint / name, weights_only=True, map_location="cpu")
+    load_optimizer_state(optimizer, state, str(checkpoint / name))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -7,11 +7,13 @@ from pydantic import BeforeValidator, Field
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.pipeline.store.rows import Check
-from geomcache.stages.train.normalise import NormalisationMode
+from geomcache.stages.train.normalise import GripperRule, NormalisationMode
 from geomcache.stages.train.policy import PolicyConfig
 from geomcache.stages.train.row_order import RowOrder
 
 MixedPrecision = Literal["no", "bf16"]
+Strategy = Literal["ddp", "fsdp2", "zero2"]
+Tracker = Literal["tensorboard", "wandb"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -41,30 +43,50 @@ class TrainConfig(Schema):
     data: tuple[DataPair, ...]  # rows of all pairs are trained on together
     policy: PolicyConfig = PolicyConfig()
     normalisation: NormalisationMode = "min_max"
+    gripper: GripperRule = "binarise"  # to -1 and 1, in training and when acting | leave
+    mapanything_model_path: str | None = None  # the weights that must have made the cache (of any encoder); checked
     seed: int = Field(default=0, ge=0)
+
     steps: int = Field(default=100_000, ge=1)  # optimiser steps
-    row_order: RowOrder = "global"  # shard: shuffle within a window of shards, for slow or remote storage
-    check_tokens: Check = "every"  # read of a row is compared with its checksum: every | first | never
-    batch_size: int = Field(default=16, ge=1)  # samples per process and optimiser step part
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=16, ge=1)  # samples per process and part of an optimiser step
+    gradient_accumulation_steps: int = Field(default=1, ge=1)  # parts of an optimiser step
     learning_rate: LearningRates = LearningRates()
     min_learning_rate: float = Field(default=5e-7, ge=0)
     warmup_steps: int = Field(default=100, ge=0)
     weight_decay: float = Field(default=1e-8, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     gradient_clip: float = Field(default=1.0, gt=0)
-    mixed_precision: MixedPrecision = "no"  # bf16: autocast over float32 weights; the DiT stays float32
-    processes: int = Field(default=1, ge=1)  # ranks that must be running; checked against what was launched
+    ema_decay: float | None = Field(default=0.999, gt=0, lt=1)  # averaged weights act and are validated; None: none
+    geom_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of training samples whose geometry is masked
+
+    row_order: RowOrder = "global"  # shard: shuffle within a window of shards, for slow or remote storage
+    check_tokens: Check = "every"  # read of a row is compared with its checksum: every | first | never
     data_workers: int = Field(default=0, ge=0)  # processes that decode images
+    validation_share: float = Field(default=0.05, ge=0, lt=1)  # of the episodes held out, rounded down
+    validate_every: int = Field(default=1000, ge=1)  # optimiser steps
+    validation_rows: int = Field(default=128, ge=1)  # held-out rows, evenly spread, for each validation
+    diagnose_every: int | None = Field(default=None, ge=1)  # steps between looks at whether geometry is used
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    mixed_precision: MixedPrecision = "no"  # bf16: autocast over float32 weights; the DiT stays float32
+    gradient_checkpointing: bool = False  # layers are computed again in backward: less memory, about a third slower
+    processes: int = Field(default=1, ge=1)  # ranks that must be running; checked against what was launched
+    strategy: Strategy = "ddp"  # of several ranks; fsdp2 and zero2 need GPUs
+
     save_every: int = Field(default=1000, ge=1)  # optimiser steps between checkpoints
     keep_last: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)  # checkpoints at multiples of this stay for good
     log_every: int = Field(default=10, ge=1)
+    trackers: tuple[Tracker, ...] = ("tensorboard",)  # beside metrics.jsonl, which is always written
     open_loop_rows: int = Field(default=128, ge=1)  # training rows on which the finished policy is measured
-    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def identity(self) -> Self:
-        """Without what changes no number: where things lie (their digests are compared), workers, logging."""
-        free = ("out", "data", "check_tokens", "data_workers", "save_every", "keep_last", "log_every")
+        """Without what changes no weight: where things lie (their digests are compared), workers, logging."""
+        free = (
+            *("out", "data", "check_tokens", "data_workers", "validate_every", "validation_rows", "diagnose_every"),
+            *("gradient_checkpointing", "save_every", "keep_last", "keep_every", "log_every", "trackers"),
+            "mapanything_model_path",
+        )
         fields = type(self).model_fields
         same = {name: Path() if name == "out" else () if name == "data" else fields[name].default for name in free}
         return self.model_copy(update=same)

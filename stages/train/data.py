@@ -20,9 +20,10 @@ from geomcache.pipeline.store.statistics import STATISTICS_ROWS, channel_statist
 from geomcache.pipeline.tokens import as_tensors
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.config import TrainConfig
+from geomcache.stages.train.held_out import held_out_episodes
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.packer import Packer
-from geomcache.stages.train.row_order import rows_of_step, shard_starts
+from geomcache.stages.train.row_order import Rows, rows_of_step, shard_starts
 
 
 class TrainingData:
@@ -44,7 +45,12 @@ class TrainingData:
         self._check_join(config, wants_tokens)
         self.horizon = config.policy.dit.horizon
         self._starts = np.cumsum([0, *(len(pack) for pack in self.packs)])
-        self.shard_starts = shard_starts([(len(pack), pack.info.request.rows_per_shard) for pack in self.packs])
+        starts = shard_starts([(len(pack), pack.info.request.rows_per_shard) for pack in self.packs])
+        self.rows = Rows(starts, self._held_out(config.validation_share))
+        # real actions from each row to its episode's end, the row's own included
+        self._actions_left_N = np.concatenate(
+            [np.arange(one.rows, 0, -1) for pack in self.packs for one in pack.episodes]
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -58,6 +64,55 @@ class TrainingData:
     def recipe(self) -> TokenRecipe | None:
         """How the tokens were made; None without geometry."""
         return self.caches[0].recipe if self.caches[0] is not None else None
+
+    @property
+    def validation_rows(self) -> NDArray[np.int64]:
+        """Rows of the held-out episodes; may be none."""
+        return np.flatnonzero(self.rows.held_out_N)
+
+    @property
+    def training_rows(self) -> NDArray[np.int64]:
+        """All others."""
+        return np.flatnonzero(~self.rows.held_out_N)
+
+    def count_actions(self, rows: NDArray[np.int64]) -> int:
+        """Real (not padded) actions in the chunks of ``rows``."""
+        return int(np.minimum(self._actions_left_N[rows], self.horizon).sum())
+
+    def keys(self, rows: NDArray[np.int64]) -> list[dict[str, object]]:
+        """Where rows come from, for people: the frame's key and its place in the pack."""
+        found = []
+        for row in rows.tolist():
+            pair, local = self.locate(row)
+            pack = self.packs[pair]
+            episode = pack.episodes[int(pack.episode_of_row[local])]
+            found.append(
+                {
+                    "pack": str(pack.path),
+                    "row": local,
+                    "suite": episode.suite,
+                    "task": episode.task,
+                    "episode": episode.number,
+                    "step": local - episode.first_row,
+                }
+            )
+        return found
+
+    def _held_out(self, share: float) -> NDArray[np.bool_]:
+        episodes = [(pair, one) for pair, pack in enumerate(self.packs) for one in pack.episodes]
+        mask_N = np.zeros(len(self), dtype=bool)
+        for number in held_out_episodes([one.task for _, one in episodes], share):
+            pair, one = episodes[number]
+            first = int(self._starts[pair]) + one.first_row
+            mask_N[first : first + one.rows] = True
+        if mask_N.all():
+            raise ConfigError(
+                "no episode is left to train on",
+                expected="a smaller validation_share",
+                found=str(share),
+                fix="--set validation_share=0",
+            )
+        return mask_N
 
     def states(self) -> NDArray[np.float32]:
         """Every row's state [N, 8]."""
@@ -180,18 +235,28 @@ class BatchMaker:
         """Rows of a whole optimiser step, all ranks and accumulation parts."""
         config = self._config
         per_step = config.batch_size * config.processes * config.gradient_accumulation_steps
-        return rows_of_step(config.seed, step, per_step, self.data.shard_starts, config.row_order)
+        return rows_of_step(config.seed, step, per_step, self.data.rows, config.row_order)
 
-    def normalise_actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Environment units -> the policy's units, [..., 7]."""
-        return self._normaliser.action.normalise(actions)
+    def mean_action(self) -> NDArray[np.float32]:
+        """[7], of the training rows, in the policy's units: the prediction that any policy must beat."""
+        actions_NA = self._normaliser.normalise_actions(self.data.actions()[self.data.training_rows])
+        return np.asarray(actions_NA.mean(axis=0))
+
+    def first_sample(self, micro_step: int) -> int:
+        """Which of the optimiser step's samples is the first of this rank's part."""
+        part = micro_step % self._config.gradient_accumulation_steps
+        return (part * self._config.processes + self._rank) * self._config.batch_size
 
     def micro_rows(self, micro_step: int) -> NDArray[np.int64]:
         """Rows of this rank's part of an optimiser step."""
-        config = self._config
-        step, part = divmod(micro_step, config.gradient_accumulation_steps)
-        start = (part * config.processes + self._rank) * config.batch_size
-        return self.rows(step)[start : start + config.batch_size]
+        start = self.first_sample(micro_step)
+        return self.rows(micro_step // self._config.gradient_accumulation_steps)[start : start + self.batch_size]
+
+    def loss_weight(self, micro_step: int) -> float:
+        """Of this part's loss, so that the mean over ranks and parts is the mean over the step's real actions."""
+        parts = self._config.gradient_accumulation_steps * self._config.processes
+        whole = self.data.count_actions(self.rows(micro_step // self._config.gradient_accumulation_steps))
+        return self.data.count_actions(self.micro_rows(micro_step)) * parts / whole
 
     def __getitem__(self, micro_step: int) -> PolicyBatch:
         return self.batch(self.micro_rows(micro_step), with_tokens=False)
@@ -208,6 +273,6 @@ class BatchMaker:
             **self._packer(images, instructions),
             proprio_BP=torch.from_numpy(self._normaliser.state.normalise(states)),
             tokens_BVGD=self.data.tokens(rows) if with_tokens else None,
-            actions_BTA=torch.from_numpy(self._normaliser.action.normalise(np.stack([a for a, _ in chunks]))),
+            actions_BTA=torch.from_numpy(self._normaliser.normalise_actions(np.stack([a for a, _ in chunks]))),
             action_mask_BT=torch.from_numpy(np.stack([mask for _, mask in chunks])),
         )

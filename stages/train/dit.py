@@ -1,6 +1,7 @@
 """The layer-wise DiT action head: noisy actions + time + state -> velocity, one VLM layer per block.
 
-Sequence: [state 1 ; learned future tokens F ; action tokens T]; the last T are decoded. Every sub-layer is
+Sequence: [state 1 ; learned future tokens F ; action tokens T]; the last T are decoded (``cross`` has action
+tokens only). Every sub-layer is
 pre-norm with AdaLN: a LayerNorm without weights whose scale and shift come from the time (no gates: nothing
 starts switched off, so every weight has a gradient from the first step on).
 
@@ -8,6 +9,9 @@ Patterns (explicit, saved with the checkpoint):
 - ``self+cross``: each block has self-attention, cross-attention and a feed-forward layer.
 - ``interleaved``: even blocks cross-attend, odd blocks self-attend, each with a feed-forward layer; VLM
   layers and geometry are paired with the cross-attending blocks only, so that no projection is dead.
+- ``cross``: every block cross-attends and none attends to the sequence itself, as the published QwenPI numbers were
+  made (starVLA issues 372, 382): an action position sees neither the other positions nor the state. State encoder
+  and future tokens could not reach the output, so they are not built.
 
 The context of cross-attending block l is cat(vlm_hidden_l, geom_l), normalised by the block's own LayerNorm
 (VLM layers differ in scale). Its keys and values do not depend on time or noise: ``encode_context`` makes
@@ -26,23 +30,28 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import ACTION_DIM, STATE_DIM
+from geomcache.cache_schemas.errors import ConfigError
 from geomcache.stages.train.batch import GeomTokens
 
 INIT_STD = 0.02  # of the AdaLN projections, the learned tokens and the output layer
 TIME_SCALE = 1000.0  # time in [0, 1] is spread over the sinusoids' usual range
 
 
-class Config(Schema):
-    """Sizes of the head; the defaults are the tiny preset."""
+HEAD_WIDTH = 64  # of an attention head where ``heads`` is not given
 
-    width: int = Field(128, gt=0)  # E
-    blocks: int = Field(4, gt=0)
-    heads: int = Field(4, gt=0)
-    pattern: Literal["self+cross", "interleaved"] = "self+cross"
-    future_tokens: int = Field(8, ge=0)  # F
+
+class Config(Schema):
+    """Sizes of the head."""
+
+    width: int | None = Field(None, gt=0)  # E; None = the VLM's width C
+    blocks: int = Field(16, gt=0)
+    heads: int | None = Field(None, gt=0)  # None = one for 64 channels
+    pattern: Literal["self+cross", "interleaved", "cross"] = "self+cross"
+    future_tokens: int = Field(32, ge=0)  # F
     horizon: int = Field(8, gt=0)  # T, actions per chunk
     action_dim: int = Field(ACTION_DIM, gt=0)  # A
     state_dim: int = Field(STATE_DIM, gt=0)  # P
@@ -52,12 +61,27 @@ class Config(Schema):
     @property
     def num_cross_blocks(self) -> int:
         """L: blocks that cross-attend, each paired with a VLM layer."""
-        return self.blocks if self.pattern == "self+cross" else self.blocks // 2
+        return self.blocks // 2 if self.pattern == "interleaved" else self.blocks
+
+    def resolved(self, context_dim: int) -> "Config":
+        """With ``width`` and ``heads`` as numbers, for a VLM of width ``context_dim``.
+
+        Raises:
+            ConfigError: they do not fit each other.
+        """
+        width = self.width or context_dim
+        heads = self.heads or max(1, width // HEAD_WIDTH)
+        if width % heads or width % 2:
+            raise ConfigError(
+                "the DiT's width does not fit its heads",
+                expected=f"an even dit.width that is a multiple of dit.heads ({heads})",
+                found=str(width),
+                fix=f"--set policy.dit.heads={math.gcd(width, heads)}, or choose another width",
+            )
+        return self.model_copy(update={"width": width, "heads": heads})
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        if self.width % self.heads or self.width % 2:
-            raise ValueError(f"width {self.width} must be even and a multiple of heads {self.heads}")
         if self.pattern == "interleaved" and self.blocks % 2:
             raise ValueError(f"interleaved needs an even number of blocks, not {self.blocks}")
         return self
@@ -138,14 +162,14 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, context_dim: int, *, attends_self: bool, attends_context: bool) -> None:
         super().__init__()
-        width = config.width
+        width, heads = sizes_of(config)
         self.attends_self, self.attends_context = attends_self, attends_context
         if attends_self:
             self.self_norm = AdaNorm(width)
-            self.self_attention = SelfAttention(width, config.heads)
+            self.self_attention = SelfAttention(width, heads)
         if attends_context:
             self.cross_norm = AdaNorm(width)
-            self.cross_attention = CrossAttention(width, config.heads, context_dim)
+            self.cross_attention = CrossAttention(width, heads, context_dim)
         self.mlp_norm = AdaNorm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, config.mlp_ratio * width),
@@ -169,6 +193,13 @@ class Block(nn.Module):
         return out_BRNE
 
 
+def sizes_of(config: Config) -> tuple[int, int]:
+    """(width, heads) of a resolved config."""
+    assert config.width is not None, "resolve the config first"
+    assert config.heads is not None
+    return config.width, config.heads
+
+
 def sinusoid(time: torch.Tensor, width: int) -> torch.Tensor:
     """[...] times in [0, 1] -> [..., width]: cosines, then sines, of 1000 t; periods 2 pi to 2 pi 10^4."""
     frequency = torch.exp(
@@ -188,18 +219,26 @@ class DiT(nn.Module):
 
     def __init__(self, config: Config, *, context_dim: int) -> None:
         super().__init__()
-        self.config = config
-        width = config.width
+        self.config = config = config.resolved(context_dim)
+        self.gradient_checkpointing = False  # blocks are computed again in backward instead of remembered
+        width, _ = sizes_of(config)
+        attends_self = config.pattern != "cross"
         self.time_encoder = _mlp(width, width)
-        self.state_encoder = _mlp(config.state_dim, width)
+        if attends_self:
+            self.state_encoder = _mlp(config.state_dim, width)
         self.action_encoder = _mlp(config.action_dim, width)
         self.positions_TE = nn.Parameter(INIT_STD * torch.randn(config.horizon, width))
-        if config.future_tokens:
+        if config.future_tokens and attends_self:
             self.future_FE = nn.Parameter(INIT_STD * torch.randn(config.future_tokens, width))
-        both = config.pattern == "self+cross"
+        kinds = {
+            "self+cross": ((True, True),),
+            "interleaved": ((False, True), (True, False)),
+            "cross": ((False, True),),
+        }
+        kind = kinds[config.pattern]
         self.blocks = nn.ModuleList(
-            Block(config, context_dim, attends_self=both or i % 2 == 1, attends_context=both or i % 2 == 0)
-            for i in range(config.blocks)
+            Block(config, context_dim, attends_self=both[0], attends_context=both[1])
+            for both in (kind[i % len(kind)] for i in range(config.blocks))
         )
         self.out_norm = AdaNorm(width)
         self.out = nn.Linear(width, config.action_dim)
@@ -230,15 +269,21 @@ class DiT(nn.Module):
     ) -> torch.Tensor:
         """Velocity [B, R, T, A] at the points ``noisy_BRTA`` and times ``time_BR`` in [0, 1]."""
         B, R, T, _ = noisy_BRTA.shape
-        time_BRE = self.time_encoder(sinusoid(time_BR, self.config.width))
-        parts = [self.state_encoder(proprio_BP)[:, None, None].expand(B, R, 1, -1)]
-        if self.config.future_tokens:
-            parts.append(self.future_FE.expand(B, R, -1, -1))
+        time_BRE = self.time_encoder(sinusoid(time_BR, self.positions_TE.shape[1]))
+        parts = []
+        if self.config.pattern != "cross":
+            parts.append(self.state_encoder(proprio_BP)[:, None, None].expand(B, R, 1, -1))
+            if self.config.future_tokens:
+                parts.append(self.future_FE.expand(B, R, -1, -1))
         parts.append(self.action_encoder(noisy_BRTA) + self.positions_TE)
         x_BRNE = torch.cat(parts, dim=2)
         paired = iter(zip(context.keys_LBhMd, context.values_LBhMd, strict=True))
         for block in self.blocks:
-            x_BRNE = block(x_BRNE, time_BRE, (*next(paired), context.mask_BM) if block.attends_context else None)
+            given = (*next(paired), context.mask_BM) if block.attends_context else None
+            if self.gradient_checkpointing and self.training:
+                x_BRNE = checkpoint(block, x_BRNE, time_BRE, given, use_reentrant=False)
+            else:
+                x_BRNE = block(x_BRNE, time_BRE, given)
         velocity_BRTA: torch.Tensor = self.out(self.out_norm(x_BRNE[:, :, -T:], time_BRE))
         return velocity_BRTA
 

@@ -9,6 +9,7 @@ from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
 
 NormalisationMode = Literal["mean_std", "min_max", "q99"]
+GripperRule = Literal["binarise", "leave"]
 CONSTANT_SPREAD = 1e-6  # a dimension that varies less than this (m, rad or action units) counts as constant
 
 
@@ -43,15 +44,23 @@ class Normaliser(Schema):
 
     ``mean_std``: zero mean, unit standard deviation. ``min_max``: [min, max] -> [-1, 1]. ``q99``: the 1 %
     and 99 % quantiles -> [-1, 1]; nothing is clipped, so the inverse is exact. Constant dimensions are only
-    shifted to 0. The gripper, the last action dimension, is already -1 or +1 and is left alone.
+    shifted to 0. The gripper, the last action dimension, has no statistics: ``binarise`` makes it -1 (not above 0)
+    or 1 both ways, ``leave`` passes it on as it is.
     """
 
     mode: NormalisationMode
+    gripper: GripperRule = "binarise"
     state: AffineStatistics
     action: AffineStatistics
 
     @classmethod
-    def fit(cls, states_NP: NDArray[Any], actions_NA: NDArray[Any], mode: NormalisationMode = "min_max") -> Self:
+    def fit(
+        cls,
+        states_NP: NDArray[Any],
+        actions_NA: NDArray[Any],
+        mode: NormalisationMode = "min_max",
+        gripper: GripperRule = "binarise",
+    ) -> Self:
         """Statistics of N rows; states and actions may differ in N.
 
         Raises:
@@ -61,9 +70,23 @@ class Normaliser(Schema):
         offset, scale = (*action.offset[:-1], 0.0), (*action.scale[:-1], 1.0)
         return cls(
             mode=mode,
+            gripper=gripper,
             state=_fit(states_NP, mode, "states"),
             action=AffineStatistics(offset=offset, scale=scale),
         )
+
+    def normalise_actions(self, actions: NDArray[Any]) -> NDArray[np.float32]:
+        """Environment units -> the policy's, [..., 7]."""
+        return self._grip(self.action.normalise(actions))
+
+    def denormalise_actions(self, actions: NDArray[Any]) -> NDArray[np.float32]:
+        """What the policy samples -> what the environment takes, [..., 7]."""
+        return self._grip(self.action.denormalise(actions))
+
+    def _grip(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self.gripper == "binarise":
+            actions[..., -1] = np.where(actions[..., -1] > 0, 1.0, -1.0)
+        return actions
 
 
 def _fit(values: NDArray[Any], mode: NormalisationMode, what: str) -> AffineStatistics:

@@ -18,7 +18,11 @@ def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             groups["vlm" if name.startswith(BACKBONE_PREFIX) else "head"].append(parameter)
     peaks = {"vlm": config.learning_rate.vlm, "head": config.learning_rate.head}
     return torch.optim.AdamW(
-        [{"params": params, "lr": peaks[name], "peak": peaks[name]} for name, params in groups.items() if params],
+        [
+            {"params": params, "lr": peaks[name], "peak": peaks[name], "name": name}
+            for name, params in groups.items()
+            if params
+        ],
         betas=config.betas,
         weight_decay=config.weight_decay,
     )

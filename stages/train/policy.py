@@ -6,6 +6,7 @@ from an explicit generator or handed in as tensors; nothing here touches the glo
 which is 0 by default).
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from geomcache.cache_schemas.errors import ConfigError
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
 from geomcache.stages.train import flow
-from geomcache.stages.train.batch import GeomTokens, PolicyBatch
+from geomcache.stages.train.batch import GeomSizes, GeomTokens, PolicyBatch
 from geomcache.stages.train.building import pair_layers, parse_options, require_fitting_tokens, seeded
 from geomcache.stages.train.dit import Config as DiTConfig
 from geomcache.stages.train.dit import Context, DiT
@@ -42,6 +43,7 @@ class PolicyConfig(Schema):
     geom_compression_type: str = "pool"  # a compressor plug-in; "none" = the QwenPI baseline
     geom_compression: dict[str, Any] = Field(default_factory=dict)  # the compressor's options
     geom_dit_tokens: int = Field(16, gt=0)  # K
+    geom_dropout: float = Field(0.0, ge=0.0, lt=1.0)  # share of training samples whose geometry is masked
     repeated_diffusion_steps: int = Field(4, gt=0)  # R, draws of (noise, time) per sample and training step
     num_inference_timesteps: int = Field(4, gt=0)  # Euler steps
     seed: int = 0  # of the compressor's and the head's random initial weights
@@ -109,8 +111,11 @@ class PolicyNet(nn.Module):
         compressor_config = parse_options("compressor", config.compressor, config.compressor_options)
         num_layers = backbone_class.count_layers(backbone_config, backbone_folder)
         vlm_layers = pair_layers(num_layers, config.dit.num_cross_blocks, config.vlm_layers)
+        self.backbone = backbone_class(backbone_config, layer_indices=vlm_layers, folder=backbone_folder)
+        context_dim = self.backbone.context_dim
         self.config = config.model_copy(
             update={
+                "dit": config.dit.resolved(context_dim),
                 "vlm_layers": vlm_layers,
                 "backbone": BackboneChoice(name=config.backbone.name, config=backbone_config.model_dump(mode="json")),
                 "geom_compression": compressor_config.model_dump(mode="json"),
@@ -124,7 +129,6 @@ class PolicyNet(nn.Module):
                 found="none",
                 fix="name a cache, or set geom_compression_type to none",
             )
-        self.backbone = backbone_class(backbone_config, layer_indices=vlm_layers, folder=backbone_folder)
         found = config.dit.state_dim, config.dit.action_dim
         if found != (STATE_DIM, ACTION_DIM):
             raise ConfigError(
@@ -133,24 +137,30 @@ class PolicyNet(nn.Module):
                 found=f"{found[0]} and {found[1]}",
                 fix="leave dit.state_dim and dit.action_dim out",
             )
-        context_dim = self.backbone.context_dim
         compressor_class = plugins.load("compressor", config.compressor)
         if self.token_spec is not None:
             require_fitting_tokens(
-                config.compressor, compressor_class.reads_pooled, self.token_spec, config.geom_dit_tokens
+                config.compressor,
+                compressor_class.reads_pooled(compressor_config),
+                self.token_spec,
+                config.geom_dit_tokens,
             )
         views, tokens_per_view, dim = self.token_spec.row_shape if self.token_spec else (0, 0, 0)
+        whole = self.token_spec is not None and self.token_spec.pooled_to is None
+        grid = self.token_spec.grid if self.token_spec is not None and whole else (1, tokens_per_view)
         with seeded(config.seed):
             self.dit = DiT(config.dit, context_dim=context_dim)
         with seeded(config.seed):
             self.compressor = compressor_class(
                 compressor_config,
-                views=views,
-                tokens_per_view=tokens_per_view,
-                dim=dim,
-                context_dim=context_dim,
-                num_blocks=config.dit.num_cross_blocks,
-                num_tokens=config.geom_dit_tokens,
+                GeomSizes(
+                    views=views,
+                    grid=grid,
+                    dim=dim,
+                    context_dim=context_dim,
+                    num_blocks=config.dit.num_cross_blocks,
+                    num_tokens=config.geom_dit_tokens,
+                ),
             )
         if self.token_spec is None:  # a run without geometry may still be given a cache's statistics
             token_mean_D, token_std_D = None, None
@@ -163,6 +173,11 @@ class PolicyNet(nn.Module):
         """The VLM's precision, the same in training and when the policy acts; the head switches it off for itself."""
         device = next(self.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=mixed_precision == "bf16")
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the VLM's layers and the DiT's blocks again in backward: less memory, the same numbers."""
+        self.backbone.enable_gradient_checkpointing()
+        self.dit.gradient_checkpointing = True
 
     @property
     def chunk_shape(self) -> tuple[int, int]:
@@ -192,7 +207,8 @@ class PolicyNet(nn.Module):
 
         Args:
             batch: with actions.
-            generator: CPU generator for whichever of the two draws is not given (times first, then noise).
+            generator: CPU generator for what is drawn and not given: times, then noise, then (while training)
+                whose geometry is masked.
             noise_BRTA: standard normal; R is taken from it when given.
             time_BR: times in [0, 1).
         """
@@ -208,6 +224,8 @@ class PolicyNet(nn.Module):
             time_BR = flow.sample_time((B, R), _given(generator))
         if noise_BRTA is None:
             noise_BRTA = torch.randn((B, R, T, A), generator=_given(generator))
+        if self.training and self.config.geom_dropout > 0:
+            batch = mask_geometry(batch, torch.rand(B, generator=_given(generator)) < self.config.geom_dropout)
         time_BR, noise_BRTA = time_BR.to(actions_BTA.device), noise_BRTA.to(actions_BTA.device)
         context = self.encode_context(batch)
         with torch.autocast(actions_BTA.device.type, enabled=False):
@@ -295,6 +313,15 @@ class PolicyNet(nn.Module):
                 fix="use the cache (or the live encoder) of the checkpoint's token spec",
             )
         return batch.tokens_BVGD
+
+
+def mask_geometry(batch: PolicyBatch, masked_B: torch.Tensor) -> PolicyBatch:
+    """The batch without the geometry of the samples that ``masked_B`` (bool [B]) names."""
+    if batch.tokens_BVGD is None:
+        return batch
+    kept_B11 = ~masked_B.to(batch.tokens_BVGD.device)[:, None, None]
+    mask_BVG = kept_B11.expand(batch.tokens_BVGD.shape[:3])
+    return replace(batch, token_mask_BVG=mask_BVG if batch.token_mask_BVG is None else mask_BVG & batch.token_mask_BVG)
 
 
 def _describe(name: str, part: nn.Module) -> ModuleInfo:

@@ -6,6 +6,7 @@ spinning disks, which read a few shards at a time.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -25,29 +26,44 @@ def shard_starts(packs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def rows_of_step(
-    seed: int, step: int, batch_size: int, starts: tuple[int, ...], order: RowOrder = "global"
-) -> NDArray[np.int64]:
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a run."""
+
+    starts: tuple[int, ...]  # from ``shard_starts``
+    held_out_N: NDArray[np.bool_]  # rows that are never trained on
+
+    @property
+    def trained(self) -> int:
+        """How many rows an epoch has."""
+        return int(len(self.held_out_N) - np.count_nonzero(self.held_out_N))
+
+
+def rows_of_step(seed: int, step: int, batch_size: int, rows: Rows, order: RowOrder = "global") -> NDArray[np.int64]:
     """The rows of global optimiser step ``step``: epoch after epoch, each an order of all rows keyed on (seed, epoch).
 
     Depends on nothing else, so a resumed run, any number of ranks and any number of workers see the same order.
     """
-    rows = starts[-1]
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // rows
-    orders = {int(e): epoch_order(seed, int(e), starts, order) for e in np.unique(epochs)}
-    return np.array([orders[int(e)][p % rows] for e, p in zip(epochs, positions, strict=True)], dtype=np.int64)
+    epochs = positions // rows.trained
+    orders = {int(e): epoch_order(seed, int(e), rows, order) for e in np.unique(epochs)}
+    return np.array([orders[int(e)][p % rows.trained] for e, p in zip(epochs, positions, strict=True)], dtype=np.int64)
 
 
 @lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, starts: tuple[int, ...], order: RowOrder) -> NDArray[np.int64]:
-    """All rows once, in the order of one epoch."""
+def epoch_order(seed: int, epoch: int, rows: Rows, order: RowOrder) -> NDArray[np.int64]:
+    """Every row that is trained on once, in the order of one epoch."""
+    everything = _all_rows(seed, epoch, rows.starts, order)
+    return everything[~rows.held_out_N[everything]]
+
+
+def _all_rows(seed: int, epoch: int, starts: tuple[int, ...], order: RowOrder) -> NDArray[np.int64]:
     random = np.random.default_rng([seed, epoch])
     if order == "global":
         return random.permutation(starts[-1])
     shards = random.permutation(len(starts) - 1)
     windows = []
     for first in range(0, len(shards), SHARD_WINDOW):
-        rows = [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + SHARD_WINDOW]]
-        windows.append(random.permutation(np.concatenate(rows)))
+        window = [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + SHARD_WINDOW]]
+        windows.append(random.permutation(np.concatenate(window)))
     return np.concatenate(windows)

@@ -1,18 +1,20 @@
 """Stage two: build everything from one config, train, measure the result on training frames.
 
-Also the entry point of a distributed launch: ``torchrun --nproc_per_node N -m geomcache.stages.train.run CONFIG.yaml``.
+Also the entry point of a distributed launch: ``accelerate launch -m geomcache.stages.train.run CONFIG.yaml``.
 """
 
+import os
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 
 import geomcache
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import ConfigError, GeomcacheError, InputError
+from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.config_errors import parse_config
 from geomcache.pipeline.files import (
     CONFIG_NAME,
@@ -22,14 +24,20 @@ from geomcache.pipeline.files import (
     write_atomic,
     write_config,
 )
+from geomcache.stages.train import validation
 from geomcache.stages.train.checkpoint import CheckpointCard, checkpoints_of, latest_checkpoint, read_card
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.data import BatchMaker, TrainingData
-from geomcache.stages.train.loop import Progress, fit, make_accelerator
+from geomcache.stages.train.loop import Progress, Trainer
+from geomcache.stages.train.metrics import require_trackers
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.policy import PolicyNet
+from geomcache.stages.train.ranks import make_accelerator
+from geomcache.stages.train.stopping import TrainingStopped
+from geomcache.stages.train.validation import Validation
 
 RESULT_NAME = "result.json"
+MAP_ANYTHING = "map_anything"
 
 
 class TrainResult(Schema):
@@ -44,6 +52,7 @@ class TrainResult(Schema):
     open_loop_error: float  # mean |predicted - demonstrated| over normalised action dimensions and real chunk steps
     mean_action_error: float  # the same for always predicting the training rows' mean action
     open_loop_rows: int
+    validation: Validation | None = None  # on held-out episodes; None where none are held out
 
     @property
     def open_loop_ratio(self) -> float:
@@ -57,6 +66,7 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     Raises:
         GeomcacheError: bad data, a changed config on resume, a non-finite loss; by name, data errors before step 1.
     """
+    require_trackers(config.trackers)
     accelerator = make_accelerator(config)
     data = TrainingData(config)
     with accelerator.main_process_first():  # the others find the folder as the first left it
@@ -66,18 +76,14 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
         result_path = config.out / RESULT_NAME
         if result_path.exists():
             return TrainResult.parse(result_path.read_bytes(), str(result_path), InputError), True
-    normaliser = Normaliser.fit(data.states(), data.actions(), config.normalisation)
-    statistics = data.token_statistics()
-    policy = PolicyNet(
-        config.policy,
-        data.recipe.spec if data.recipe else None,
-        *((torch.tensor(values) for values in (statistics.mean, statistics.std)) if statistics else ()),
-    )
+    trained = data.training_rows
+    normaliser = Normaliser.fit(data.states()[trained], data.actions()[trained], config.normalisation, config.gripper)
+    policy = build_policy(config, data)
     card = CheckpointCard(
         step=0,
         policy=policy.config,
         contract=data.contract,
-        recipe=data.recipe,
+        recipe=_recipe(config, data),
         normaliser=normaliser,
         packs=tuple(pack.info.digest for pack in data.packs),
         mixed_precision=config.mixed_precision,
@@ -88,50 +94,54 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     if accelerator.is_main_process:  # only now: what was refused before has not claimed the folder
         write_config(config.out, config)
         remove_leftovers(config.out)
-    policy = fit(config, policy, maker, card, accelerator, progress)
-    error, baseline, rows = open_loop_error(policy, maker, data, config, accelerator.device)
+    trainer = Trainer(config, policy, maker, card, accelerator)
+    trainer.fit(progress)
+    rows = validation.spread(trained, config.open_loop_rows)
+    with trainer.acting():
+        found = validation.measure(policy, maker, rows, config, accelerator)
+        held_out = validation.spread(data.validation_rows, config.validation_rows)
+        validated = validation.measure(policy, maker, held_out, config, accelerator) if len(held_out) else None
     result = TrainResult(
         run=str(config.out),
         checkpoint=latest_checkpoint(config.out).name,
         steps=config.steps,
-        rows=len(data),
+        rows=len(trained),
         parameters=sum(p.numel() for p in policy.parameters()),
         trainable_parameters=sum(p.numel() for p in policy.parameters() if p.requires_grad),
-        open_loop_error=error,
-        mean_action_error=baseline,
-        open_loop_rows=rows,
+        open_loop_error=found.open_loop_error,
+        mean_action_error=found.mean_action_error,
+        open_loop_rows=found.rows,
+        validation=validated,
     )
     if accelerator.is_main_process:
         write_atomic(result_path, result.model_dump_json(indent=2))
     return result, False
 
 
-def open_loop_error(
-    policy: PolicyNet, maker: BatchMaker, data: TrainingData, config: TrainConfig, device: torch.device
-) -> tuple[float, float, int]:
-    """Mean absolute error of predicted action chunks on training rows, beside that of the mean action.
+def build_policy(config: TrainConfig, data: TrainingData) -> PolicyNet:
+    """The policy with its initial weights, standardising tokens by the data's statistics."""
+    statistics = data.token_statistics()
+    return PolicyNet(
+        config.policy,
+        data.recipe.spec if data.recipe else None,
+        *((torch.tensor(values) for values in (statistics.mean, statistics.std)) if statistics else ()),
+    )
 
-    Both in normalised action units, averaged over real (not padded) chunk steps and all action dimensions.
-    Returns (error, error of the mean action, number of rows).
-    """
-    count = min(config.open_loop_rows, len(data))
-    rows = np.unique(np.linspace(0, len(data) - 1, count).astype(np.int64))
-    mean_A = maker.normalise_actions(data.actions()).mean(axis=0)
-    error, baseline, real = 0.0, 0.0, 0
-    policy.eval()
-    for start in range(0, len(rows), config.batch_size):
-        part = rows[start : start + config.batch_size]
-        batch = maker.batch(part).to(device)
-        assert batch.actions_BTA is not None
-        assert batch.action_mask_BT is not None
-        noise = torch.stack([policy.draw_noise(int(row)) for row in part])
-        with policy.autocast(config.mixed_precision):
-            predicted = policy.sample(batch, noise_BTA=noise)
-        mask = batch.action_mask_BT
-        error += float((predicted - batch.actions_BTA).abs()[mask].sum())
-        baseline += float((torch.from_numpy(mean_A).to(device) - batch.actions_BTA).abs()[mask].sum())
-        real += int(mask.sum()) * len(mean_A)
-    return error / real, baseline / real, len(rows)
+
+def _recipe(config: TrainConfig, data: TrainingData) -> TokenRecipe | None:
+    """The caches' recipe; with ``mapanything_model_path`` the live encoder looks there for its weights."""
+    recipe, path = data.recipe, config.mapanything_model_path
+    if recipe is None or path is None:
+        return recipe
+    if recipe.encoder.name != MAP_ANYTHING:
+        raise ConfigError(
+            "mapanything_model_path is given, and the cache was not made by MapAnything",
+            expected=f"a cache of encoder {MAP_ANYTHING}",
+            found=recipe.encoder.name,
+            fix="--set mapanything_model_path=null, or name a cache of MapAnything",
+        )
+    encoder = recipe.encoder.model_copy(update={"config": {**recipe.encoder.config, "weights": path}})
+    return recipe.model_copy(update={"encoder": encoder})
 
 
 def _require_same_config(config: TrainConfig) -> None:
@@ -184,14 +194,30 @@ def _require_same_data(config: TrainConfig, data: TrainingData) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point of torchrun and accelerate launch: one resolved YAML."""
+    """Entry point of every rank of ``accelerate launch`` and torchrun: one resolved YAML."""
     (file,) = arguments
     try:
         config = parse_config(TrainConfig, yaml.safe_load(Path(file).read_text()), file)
-        run(config, lambda _done, _total, _text: None)
+        run(config, _line_now_and_then() if int(os.environ.get("RANK", "0")) == 0 else lambda *_: None)
     except GeomcacheError as problem:
         sys.stderr.write(f"error: {problem}\n")
         sys.exit(2)
+    except TrainingStopped as ending:
+        if int(os.environ.get("RANK", "0")) == 0:
+            sys.stderr.write(f"{ending.text}\n")
+        raise
+
+
+def _line_now_and_then(seconds: float = 20.0) -> Progress:
+    told = time.monotonic()
+
+    def progress(done: int, total: int, text: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= seconds or done == total:
+            told = time.monotonic()
+            sys.stderr.write(f"{done}/{total} {text}\n")
+
+    return progress
 
 
 if __name__ == "__main__":

@@ -7,21 +7,33 @@ Non-obvious:
 - ``hidden_states[n]`` is the raw residual stream after decoder layer n, except the last, which has passed the
   final norm; scales differ by layer, so the action head normalises per layer.
 - Decoder layers above the highest chosen one are never built, so "the last layer" is always in use.
+- A model without weights is built in its dtype, never cast: ``.to(bfloat16)`` would round the rotary frequencies, which
+  ``from_pretrained`` keeps in float32, and a reloaded policy would see other positions than it was trained with.
+- transformers reads another model type's config.json, or none at all, into this class with a mere warning, and makes an
+  empty tokenizer where there are no tokenizer files; hence the checks here.
+- A frozen part in which nothing needs a gradient builds no graph; torch sees to that, no ``no_grad`` is needed.
 """
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from geomcache.cache_schemas.base import Schema
-from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.errors import GeomcacheError, InputError
 from geomcache.stages.train import tiny_vlm
+from geomcache.stages.train.backbones._lora import LoraOptions, add_lora
+from geomcache.stages.train.backbones._published import PUBLISHED
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.building import pair_layers, seeded
 from geomcache.stages.train.packer import Packer
@@ -32,7 +44,8 @@ _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 class Config(Schema):
     """Which VLM, and how it is fed."""
 
-    base_vlm: str = "tiny"  # "tiny", a local folder, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct
+    # "tiny", a local folder, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct
+    base_vlm: str = Field("tiny", min_length=1)
     tiny: tiny_vlm.TinySizes = tiny_vlm.TinySizes()  # read for base_vlm "tiny" only
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; autocast is the caller's
     image_size: int = Field(112, gt=0)  # pixels, a multiple of 28
@@ -40,7 +53,19 @@ class Config(Schema):
     prompt_length: int | None = Field(None, gt=0)  # padded length S; None = the longest of the batch
     max_prompt_tokens: int = Field(512, gt=0)  # longer prompts are refused
     freeze: Literal["none", "vision", "llm", "all"] = "none"
-    seed: int = 0  # of random weights
+    # Adapters train the language model while its own weights (embeddings and norms too) stay as they are; ``freeze``
+    # then says whether the vision tower is trained: none = yes, vision = no.
+    lora: LoraOptions | None = None
+    seed: int = 0  # of random weights, and of the adapters
+
+    @model_validator(mode="after")
+    def _lora_trains_something(self) -> Self:
+        if self.lora is not None and self.freeze in ("llm", "all"):
+            raise ValueError(
+                f"freeze {self.freeze!r} leaves lora nothing to train; with lora the language model's own weights are"
+                " frozen anyway: set freeze to 'vision' (adapters alone are trained) or 'none' (the vision tower too)"
+            )
+        return self
 
 
 class Backbone(nn.Module):
@@ -53,8 +78,9 @@ class Backbone(nn.Module):
             weights (for ``load_state_dict``); ``config.base_vlm`` is not touched then.
 
     Raises:
-        InputError: the folder or hub id cannot be read, or its weights do not fit.
+        InputError: the folder or hub id cannot be read, or its weights or its tokenizer do not fit.
         ConfigError: ``layer_indices`` or ``image_size`` do not fit the model.
+        MissingDependency: ``lora`` without peft.
     """
 
     def __init__(self, config: Config, *, layer_indices: Sequence[int], folder: Path | None = None) -> None:
@@ -65,17 +91,42 @@ class Backbone(nn.Module):
         _cut_layers(vlm_config, max(layer_indices))
         self.layer_indices = tuple(layer_indices)
         self.packer = _build_packer(config, folder)
+        _require_own_tokenizer(self.packer, vlm_config, str(folder or config.base_vlm))
         if folder is not None or config.base_vlm == "tiny":
             with seeded(config.seed):
-                self.vlm: Any = Qwen2_5_VLModel(vlm_config).to(getattr(torch, config.dtype))
+                model_class: Any = Qwen2_5_VLModel
+                self.vlm: Any = model_class._from_config(vlm_config, dtype=getattr(torch, config.dtype))
         else:
             self.vlm = _load_weights(config, vlm_config)
+        if config.lora is not None:
+            with seeded(config.seed):
+                add_lora(self.vlm.language_model, config.lora)
+        self._checkpointing = False
         self._freeze()
 
     @staticmethod
     def count_layers(config: Config, folder: Path | None = None) -> int:
         """Number of decoder layers of the VLM, read without loading weights."""
         return int(_read_config(config, folder).text_config.num_hidden_layers)
+
+    @staticmethod
+    def write_architecture(config: Config, folder: Path) -> None:
+        """Write what the constructor's ``folder`` needs without having, or reading, any weights.
+
+        So a policy of ``config.base_vlm``'s true sizes can be built with random weights, or with none on torch's meta
+        device. The published sizes stand in for a hub id that is not in this machine's cache. The tokenizer is the
+        tiny one: enough for a forward pass.
+
+        Raises:
+            InputError: the folder or hub id cannot be read.
+        """
+        tokenizer = tiny_vlm.build_tokenizer()
+        tiny = tiny_vlm.build_config(config.tiny, tokenizer)
+        vlm_config = tiny if config.base_vlm == "tiny" else _known_architecture(config)
+        vlm_config.image_token_id, vlm_config.video_token_id = tiny.image_token_id, tiny.video_token_id
+        vlm_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        tiny_vlm.build_image_processor().save_pretrained(folder)
 
     @property
     def context_dim(self) -> int:
@@ -106,7 +157,25 @@ class Backbone(nn.Module):
         super().train(mode)
         for part in self._frozen_parts():
             part.eval()
+        if self._checkpointing and self.config.freeze == "llm":
+            # the vision tower's gradient passes through these: their own flag, which nothing but checkpointing reads;
+            # the attention inside stays in eval mode
+            for layer in self.vlm.language_model.layers:
+                layer.training = mode
         return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute decoder layers and vision blocks again in backward, while in train mode; the same numbers.
+
+        Set on the layers directly: transformers' own method has another name in each release, and makes the embeddings'
+        output require a gradient, which a frozen VLM would pay for with a graph.
+        """
+        self._checkpointing = True
+        layers: list[Any] = [part for part in self.vlm.modules() if isinstance(part, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        self.train(self.training)
 
     def save(self, folder: Path) -> None:
         """Write what the constructor's ``folder`` needs: config, tokenizer, image processor; no weights."""
@@ -129,23 +198,45 @@ class Backbone(nn.Module):
             part.eval()
 
 
-def _read_config(config: Config, folder: Path | None) -> Any:
+def _read_config(config: Config, folder: Path | None, *, local_only: bool = False) -> Any:
     """A ``Qwen2_5_VLConfig`` (whose parts transformers declares as "dict, config or None")."""
     if folder is None and config.base_vlm == "tiny":
         return tiny_vlm.build_config(config.tiny, tiny_vlm.build_tokenizer())
-    source = config.base_vlm if folder is None else folder
+    source = str(config.base_vlm if folder is None else folder)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise _unreadable(source, "no config.json in it")
     try:
-        found: Any = Qwen2_5_VLConfig.from_pretrained(source)
-    except OSError as problem:
+        fields = Qwen2_5_VLConfig.get_config_dict(source, local_files_only=local_only)[0]
+        model_type = fields.get("model_type", "none")
+        found: Any = Qwen2_5_VLConfig.from_dict(fields) if model_type == Qwen2_5_VLConfig.model_type else None
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as problem:
+        # no such file, no JSON; sizes that contradict each other, of the wrong type; JSON that is no object
         raise _unreadable(source, problem) from problem
-    if found.vision_config.out_hidden_size != found.text_config.hidden_size:
+    if found is None:
         raise InputError(
-            f"{source} is not a Qwen2.5-VL model",
-            expected="vision features as wide as the language model",
-            found=f"{found.vision_config.out_hidden_size} and {found.text_config.hidden_size}",
+            f"base_vlm {source!r} is another kind of model",
+            expected=f"model_type {Qwen2_5_VLConfig.model_type!r} in its config.json",
+            found=repr(model_type),
             fix="set base_vlm to a Qwen2.5-VL folder or hub id",
         )
+    if found.vision_config.out_hidden_size != found.text_config.hidden_size:
+        raise InputError(
+            f"the config.json of base_vlm {source!r} contradicts itself",
+            expected="vision features (out_hidden_size) as wide as the language model (hidden_size)",
+            found=f"{found.vision_config.out_hidden_size} and {found.text_config.hidden_size}",
+            fix="download the model's config.json again",
+        )
     return found
+
+
+def _known_architecture(config: Config) -> Any:
+    """As ``_read_config``; of a published model also where this machine does not have it, without asking the hub."""
+    if config.base_vlm not in PUBLISHED:
+        return _read_config(config, None)
+    try:
+        return _read_config(config, None, local_only=True)
+    except InputError:
+        return Qwen2_5_VLConfig(**PUBLISHED[config.base_vlm])
 
 
 def _cut_layers(vlm_config: Any, layers: int) -> None:
@@ -162,7 +253,20 @@ def _build_packer(config: Config, folder: Path | None) -> Packer:
     }
     if folder is None and config.base_vlm == "tiny":
         return Packer(tiny_vlm.build_tokenizer(), tiny_vlm.build_image_processor(), **options)
-    return Packer.load(config.base_vlm if folder is None else folder, **options)
+    source = config.base_vlm if folder is None else folder
+    try:
+        return Packer.load(source, **options)
+    except GeomcacheError:
+        raise
+    except (ValueError, IndexError) as problem:  # a tokenizer.json that is no JSON; an empty vocabulary
+        raise _wrong_tokenizer(str(source), f"{type(problem).__name__}: {problem}") from problem
+
+
+def _require_own_tokenizer(packer: Packer, vlm_config: Any, source: str) -> None:
+    """Ids of another tokenizer would be looked up in the embedding without a word."""
+    found = packer.tokenizer.encode("<|image_pad|>")
+    if found != [vlm_config.image_token_id] or len(packer.tokenizer) > vlm_config.text_config.vocab_size:
+        raise _wrong_tokenizer(source, f"{len(packer.tokenizer)} tokens, <|image_pad|> = {found}")
 
 
 def _load_weights(config: Config, vlm_config: Any) -> Qwen2_5_VLModel:
@@ -171,10 +275,11 @@ def _load_weights(config: Config, vlm_config: Any) -> Qwen2_5_VLModel:
             config.base_vlm,
             config=vlm_config,
             dtype=getattr(torch, config.dtype),
+            use_safetensors=True,  # a .bin is a pickle
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # listed in the report and refused below, under its name
         )
-    except OSError as problem:
+    except (OSError, SafetensorError, ValueError) as problem:  # ValueError: sizes that no model can have
         raise _unreadable(config.base_vlm, problem) from problem
     vlm: Qwen2_5_VLModel = loaded[0]
     report: dict[str, list[str]] = loaded[1]
@@ -195,10 +300,28 @@ def _load_weights(config: Config, vlm_config: Any) -> Qwen2_5_VLModel:
     return vlm
 
 
-def _unreadable(source: str | Path, problem: OSError) -> InputError:
+def _unreadable(source: str, problem: Exception | str) -> InputError:
+    reason = " ".join(str(problem).split())[:200]
+    here = Path(source).exists()
     return InputError(
-        f"base_vlm {str(source)!r} cannot be read",
-        expected='"tiny", a folder with config.json and *.safetensors, or a cached or reachable hub id',
-        found=str(problem).splitlines()[0],
-        fix="download the model into a folder and name that folder",
+        f"base_vlm {source!r} cannot be read",
+        expected="a folder as published (config.json, *.safetensors, tokenizer.json, preprocessor_config.json)"
+        if here
+        else '"tiny", a folder, or a hub id that is cached or reachable',
+        found=reason if here else f"no such folder; asked as a hub id: {reason}",
+        fix=_fix(source),
     )
+
+
+def _wrong_tokenizer(source: str, found: str) -> InputError:
+    return InputError(
+        f"the tokenizer of base_vlm {source!r} is damaged, missing or another model's",
+        expected="the tokenizer.json (or vocab.json and merges.txt) that was published with the weights",
+        found=found,
+        fix=_fix(source),
+    )
+
+
+def _fix(source: str) -> str:
+    model = source if source in PUBLISHED else next(iter(PUBLISHED))
+    return f"hf download {model} --local-dir FOLDER, then --set policy.backbone.config.base_vlm=FOLDER"

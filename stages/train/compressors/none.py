@@ -1,39 +1,29 @@
 """No geometry: the QwenPI baseline. K = 0, no parameters."""
 
-from typing import ClassVar
-
 import torch
-from torch import nn
 
 from geomcache.cache_schemas.base import Schema
-from geomcache.stages.train.batch import GeomTokens
+from geomcache.stages.train.batch import GeomSizes, GeomTokens
+from geomcache.stages.train.compressors._common import CompressorBase
 
 
 class Config(Schema):
     """No options."""
 
 
-class Compressor(nn.Module):
+class Compressor(CompressorBase):
     """Returns no tokens; takes the same arguments as the others, so that nobody need ask which one it is."""
 
-    # True when a group mean of tokens may be taken before it: it looks at none
-    reads_pooled: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        config: Config,
-        *,
-        views: int,  # noqa: ARG002 - the constructor every compressor has
-        tokens_per_view: int,  # noqa: ARG002
-        dim: int,  # noqa: ARG002
-        context_dim: int,
-        num_blocks: int,
-        num_tokens: int,  # noqa: ARG002
-    ) -> None:
+    def __init__(self, config: Config, sizes: GeomSizes) -> None:
         super().__init__()
         self.config = config
         self.num_tokens = 0  # K
-        self._num_blocks, self._context_dim = num_blocks, context_dim
+        self._num_blocks, self._context_dim = sizes.num_blocks, sizes.context_dim
+
+    @staticmethod
+    def reads_pooled(config: Config) -> bool:  # noqa: ARG004 - whatever the options
+        """Group means of tokens say enough: it looks at none."""
+        return True
 
     def forward(
         self,

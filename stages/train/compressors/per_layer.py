@@ -1,59 +1,52 @@
-"""Group means projected by a Linear layer of each block's own: L * (D * C + C) parameters."""
+"""Group means projected by a Linear layer of each block's own.
 
-from typing import ClassVar
+L (D C + C) parameters, and those of the embeddings (``_common``) that are switched on: one table for all blocks,
+since a token's place is the same for each, and each reads it through key and value weights of its own.
+"""
 
 import torch
 from torch import nn
 
-from geomcache.cache_schemas.base import Schema
 from geomcache.pipeline.pooling import group_means, groups_matrix
-from geomcache.stages.train.batch import GeomTokens
-from geomcache.stages.train.compressors._common import count_tokens
+from geomcache.stages.train.batch import GeomSizes, GeomTokens
+from geomcache.stages.train.compressors._common import (
+    CompressorBase,
+    EmbeddingConfig,
+    PlaceEmbedding,
+    count_tokens,
+)
 
 
-class Config(Schema):
-    """No options."""
+class Config(EmbeddingConfig):
+    """Embeddings only."""
 
 
-class Compressor(nn.Module):
+class Compressor(CompressorBase):
     """As ``pool``, with one projection per cross-attending DiT block (blocks without one have none to waste).
 
     Args:
-        config: no options.
-        views: V.
-        tokens_per_view: G.
-        dim: D.
-        context_dim: C, the width of the VLM's hidden states.
-        num_blocks: L, the number of cross-attending DiT blocks.
-        num_tokens: K.
+        config: which embeddings are added to the projected tokens.
+        sizes: of the tokens that come in and of those that go out.
 
     Raises:
         ConfigError: K is larger than V * G, or not positive.
     """
 
-    # True when a group mean of tokens may be taken before it (it is affine in the tokens), so that a cache may
-    # keep K pooled tokens instead of V * G
-    reads_pooled: ClassVar[bool] = True
-
     groups_KN: torch.Tensor
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        views: int,
-        tokens_per_view: int,
-        dim: int,
-        context_dim: int,
-        num_blocks: int,
-        num_tokens: int,
-    ) -> None:
+    def __init__(self, config: Config, sizes: GeomSizes) -> None:
         super().__init__()
-        total = count_tokens(views, tokens_per_view, num_tokens)
+        total = count_tokens(sizes)
         self.config = config
-        self.num_tokens = num_tokens  # K
-        self.projections = nn.ModuleList(nn.Linear(dim, context_dim) for _ in range(num_blocks))
-        self.register_buffer("groups_KN", groups_matrix(total, num_tokens), persistent=False)
+        self.num_tokens = sizes.num_tokens  # K
+        self.projections = nn.ModuleList(nn.Linear(sizes.dim, sizes.context_dim) for _ in range(sizes.num_blocks))
+        self.register_buffer("groups_KN", groups_matrix(total, sizes.num_tokens), persistent=False)
+        self.embedding = PlaceEmbedding(config, sizes)  # last: the other initial weights are the same with and without
+
+    @staticmethod
+    def reads_pooled(config: Config) -> bool:
+        """Group means of tokens say enough: it is affine in them, unless each has an embedding of its own place."""
+        return not config.any_embedding
 
     def forward(
         self,
@@ -63,5 +56,7 @@ class Compressor(nn.Module):
         context_mask_BS: torch.Tensor,  # noqa: ARG002
     ) -> GeomTokens:
         """Float32 tokens and bool mask -> [L, B, K, C] and [B, K]."""
-        mean_BKD, mask_BK = group_means(tokens_BVGD.flatten(1, 2), mask_BVG.flatten(1), self.groups_KN)
-        return GeomTokens(torch.stack([projection(mean_BKD) for projection in self.projections]), mask_BK)
+        mask_BN = mask_BVG.flatten(1)
+        mean_BKD, mask_BK = group_means(tokens_BVGD.flatten(1, 2), mask_BN, self.groups_KN)
+        geom_LBKC = torch.stack([projection(mean_BKD) for projection in self.projections])
+        return GeomTokens(self.embedding.add_to_means(geom_LBKC, mask_BN, self.groups_KN), mask_BK)

@@ -1,63 +1,55 @@
-"""Group means of projected tokens: D * C + C parameters, the same K tokens for every DiT block."""
+"""Group means of projected tokens, the same K tokens for every DiT block.
 
-from typing import ClassVar
+D C + C parameters, and those of the embeddings (``_common``) that are switched on.
+"""
 
 import torch
 from torch import nn
 
-from geomcache.cache_schemas.base import Schema
 from geomcache.pipeline.pooling import group_means, groups_matrix
-from geomcache.stages.train.batch import GeomTokens
-from geomcache.stages.train.compressors._common import count_tokens
+from geomcache.stages.train.batch import GeomSizes, GeomTokens
+from geomcache.stages.train.compressors._common import (
+    CompressorBase,
+    EmbeddingConfig,
+    PlaceEmbedding,
+    count_tokens,
+)
 
 
-class Config(Schema):
-    """No options yet."""
+class Config(EmbeddingConfig):
+    """Embeddings only."""
 
 
-class Compressor(nn.Module):
+class Compressor(CompressorBase):
     """The V * G tokens in flat (view, row, column) order, in K consecutive groups (``pooling``); each group's mean.
 
     Masked tokens are left out of the mean; a group without any token left is masked from attention. The mean
     is taken before the Linear layer: equal to after it (it is affine), at K / N of its cost.
 
     Args:
-        config: no options.
-        views: V.
-        tokens_per_view: G.
-        dim: D.
-        context_dim: C, the width of the VLM's hidden states.
-        num_blocks: L, the number of cross-attending DiT blocks.
-        num_tokens: K.
+        config: which embeddings are added to the projected tokens.
+        sizes: of the tokens that come in and of those that go out.
 
     Raises:
         ConfigError: K is larger than V * G, or not positive.
     """
 
-    # True when a group mean of tokens may be taken before it (it is affine in the tokens), so that a cache may
-    # keep K pooled tokens instead of V * G
-    reads_pooled: ClassVar[bool] = True
-
     groups_KN: torch.Tensor
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        views: int,
-        tokens_per_view: int,
-        dim: int,
-        context_dim: int,
-        num_blocks: int,
-        num_tokens: int,
-    ) -> None:
+    def __init__(self, config: Config, sizes: GeomSizes) -> None:
         super().__init__()
-        total = count_tokens(views, tokens_per_view, num_tokens)
+        total = count_tokens(sizes)
         self.config = config
-        self.num_tokens = num_tokens  # K
-        self._num_blocks = num_blocks
-        self.projection = nn.Linear(dim, context_dim)
-        self.register_buffer("groups_KN", groups_matrix(total, num_tokens), persistent=False)
+        self.num_tokens = sizes.num_tokens  # K
+        self._num_blocks = sizes.num_blocks
+        self.projection = nn.Linear(sizes.dim, sizes.context_dim)
+        self.register_buffer("groups_KN", groups_matrix(total, sizes.num_tokens), persistent=False)
+        self.embedding = PlaceEmbedding(config, sizes)  # last: the other initial weights are the same with and without
+
+    @staticmethod
+    def reads_pooled(config: Config) -> bool:
+        """Group means of tokens say enough: it is affine in them, unless each has an embedding of its own place."""
+        return not config.any_embedding
 
     def forward(
         self,
@@ -67,6 +59,7 @@ class Compressor(nn.Module):
         context_mask_BS: torch.Tensor,  # noqa: ARG002
     ) -> GeomTokens:
         """Float32 tokens and bool mask -> [L, B, K, C] (one tensor seen L times, no copy) and [B, K]."""
-        mean_BKD, mask_BK = group_means(tokens_BVGD.flatten(1, 2), mask_BVG.flatten(1), self.groups_KN)
-        geom_BKC = self.projection(mean_BKD)
+        mask_BN = mask_BVG.flatten(1)
+        mean_BKD, mask_BK = group_means(tokens_BVGD.flatten(1, 2), mask_BN, self.groups_KN)
+        geom_BKC = self.embedding.add_to_means(self.projection(mean_BKD), mask_BN, self.groups_KN)
         return GeomTokens(geom_BKC.expand(self._num_blocks, *geom_BKC.shape), mask_BK)

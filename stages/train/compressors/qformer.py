@@ -1,79 +1,71 @@
 """K learned queries attend to all V * G tokens; the same K tokens for every DiT block.
 
-D C + C (projection) + K C (queries) + 4 C^2 + 4 C (attention) + 4 C (two LayerNorms) parameters.
+D C + C (projection) + K C (queries) + 4 C^2 + 4 C (attention) + 4 C (two LayerNorms) parameters, and those of the
+embeddings (``_common``) that are switched on.
 """
 
 import math
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import ConfigError
-from geomcache.stages.train.batch import GeomTokens
-from geomcache.stages.train.compressors._common import count_tokens
+from geomcache.stages.train.batch import GeomSizes, GeomTokens
+from geomcache.stages.train.compressors._common import (
+    CompressorBase,
+    EmbeddingConfig,
+    PlaceEmbedding,
+    count_tokens,
+)
 
 QUERY_STD = 0.02
 
 
-class Config(Schema):
-    """Options of the attention."""
+class Config(EmbeddingConfig):
+    """Heads of the attention, and embeddings."""
 
     heads: int = Field(8, gt=0)
 
 
-class Compressor(nn.Module):
-    """attention(LN(queries), LN(projection(tokens))): one multi-head cross-attention, without residual.
+class Compressor(CompressorBase):
+    """attention(LN(queries), LN(projection(tokens) + embeddings)): one multi-head cross-attention, no residual.
 
-    Masked tokens are left out of the attention; a sample without any token gives zeros, masked. The tokens
-    are seen as a set: which of them stands where is only in their features.
+    Masked tokens are left out of the attention; a sample without any token gives zeros, masked. Without embeddings
+    the tokens are seen as a set: which of them stands where is only in their features.
 
     Args:
-        config: number of heads.
-        views: V.
-        tokens_per_view: G.
-        dim: D.
-        context_dim: C, the width of the VLM's hidden states.
-        num_blocks: L, the number of cross-attending DiT blocks.
-        num_tokens: K.
+        config: number of heads, and which embeddings are added to the projected tokens.
+        sizes: of the tokens that come in and of those that go out.
 
     Raises:
         ConfigError: K is larger than V * G, or not positive; C is no multiple of the heads.
     """
 
-    # True when a group mean of tokens may be taken before it; the attention's weights differ by token
-    reads_pooled: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        config: Config,
-        *,
-        views: int,
-        tokens_per_view: int,
-        dim: int,
-        context_dim: int,
-        num_blocks: int,
-        num_tokens: int,
-    ) -> None:
+    def __init__(self, config: Config, sizes: GeomSizes) -> None:
         super().__init__()
-        count_tokens(views, tokens_per_view, num_tokens)
-        if context_dim % config.heads:
+        count_tokens(sizes)
+        if sizes.context_dim % config.heads:
             raise ConfigError(
                 "geom_compression.heads of qformer does not divide the VLM's width",
-                expected=f"a divisor of {context_dim}",
+                expected=f"a divisor of {sizes.context_dim}",
                 found=str(config.heads),
-                fix=f"set geom_compression.heads to {math.gcd(context_dim, config.heads)}",
+                fix=f"set geom_compression.heads to {math.gcd(sizes.context_dim, config.heads)}",
             )
         self.config = config
-        self.num_tokens = num_tokens  # K
-        self._num_blocks = num_blocks
-        self.projection = nn.Linear(dim, context_dim)
-        self.token_norm = nn.LayerNorm(context_dim)
-        self.queries_KC = nn.Parameter(QUERY_STD * torch.randn(num_tokens, context_dim))
-        self.query_norm = nn.LayerNorm(context_dim)
-        self.attention = nn.MultiheadAttention(context_dim, config.heads, batch_first=True)
+        self.num_tokens = sizes.num_tokens  # K
+        self._num_blocks = sizes.num_blocks
+        self.projection = nn.Linear(sizes.dim, sizes.context_dim)
+        self.token_norm = nn.LayerNorm(sizes.context_dim)
+        self.queries_KC = nn.Parameter(QUERY_STD * torch.randn(sizes.num_tokens, sizes.context_dim))
+        self.query_norm = nn.LayerNorm(sizes.context_dim)
+        self.attention = nn.MultiheadAttention(sizes.context_dim, config.heads, batch_first=True)
+        self.embedding = PlaceEmbedding(config, sizes)  # last: the other initial weights are the same with and without
+
+    @staticmethod
+    def reads_pooled(config: Config) -> bool:  # noqa: ARG004 - whatever the options
+        """Group means of tokens do not say enough: the attention's weights differ by token."""
+        return False
 
     def forward(
         self,
@@ -87,7 +79,7 @@ class Compressor(nn.Module):
         some_B1 = mask_BN.any(dim=1, keepdim=True)
         # before the projection: a masked token may hold NaN, and 0 * NaN reaches the gradient of the weights
         tokens_BND = torch.where(mask_BN[..., None], tokens_BVGD.flatten(1, 2), 0.0)
-        tokens_BNC = self.token_norm(self.projection(tokens_BND))
+        tokens_BNC = self.token_norm(self.embedding.add_to_tokens(self.projection(tokens_BND)))
         queries_BKC = self.query_norm(self.queries_KC).expand(len(mask_BN), -1, -1)
         ignored_BN = ~mask_BN & some_B1  # no kernel is asked for a softmax over nothing (NaN in some): zeroed below
         geom_BKC, _ = self.attention(

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from geomcache.cache_schemas.errors import ConfigError, UnknownName
-from geomcache.stages.train.building import pair_layers, parse_options, seeded
+from geomcache.cache_schemas.token_spec import TokenSpec
+from geomcache.stages.train.building import compressors_for, pair_layers, parse_options, require_fitting_tokens, seeded
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,18 @@ def test_unknown_options_and_names_are_refused_with_a_suggestion() -> None:
         parse_options("backbone", "qwen2_5_vl", {"image_siz": 112})
     with pytest.raises(UnknownName, match="did you mean 'pool'"):
         parse_options("compressor", "pol", {})
+
+
+def test_a_pooled_cache_trains_what_takes_means_with_as_many_of_them(spec: TokenSpec) -> None:
+    pooled = spec.model_copy(update={"pooled_to": 4})
+    assert compressors_for(spec) == ["gated", "per_layer", "pool", "qformer"]
+    assert compressors_for(pooled) == ["per_layer", "pool"]
+    require_fitting_tokens("qformer", False, spec, 5)
+    require_fitting_tokens("pool", True, pooled, 4)
+    with pytest.raises(ConfigError, match=r"reads every token[\s\S]*without view_embedding"):
+        require_fitting_tokens("pool", False, pooled, 4)
+    with pytest.raises(ConfigError, match="geom_dit_tokens=4"):
+        require_fitting_tokens("pool", True, pooled, 5)
 
 
 def test_seeded_leaves_the_global_generator_alone() -> None:

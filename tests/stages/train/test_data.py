@@ -9,7 +9,7 @@ from geomcache.cache_schemas.errors import CacheIncomplete, CacheStale, ConfigEr
 from geomcache.stages.train.config import DataPair, TrainConfig
 from geomcache.stages.train.data import TrainingData
 from geomcache.stages.train.policy import PolicyConfig
-from geomcache.stages.train.row_order import rows_of_step, shard_starts
+from geomcache.stages.train.row_order import RowOrder, Rows, rows_of_step, shard_starts
 from tests.conftest import LENGTHS, build_pack_at, extract_without_ray, write_demo_file
 
 ROWS = sum(LENGTHS) - len(LENGTHS)
@@ -23,18 +23,25 @@ def _config(*pairs: tuple[Path, Path | None], compressor: str = "pool") -> Train
     )
 
 
+def _rows(
+    seed: int, step: int, batch: int, starts: tuple[int, ...], order: RowOrder = "global", out: tuple[int, ...] = ()
+) -> np.ndarray:
+    mask = np.isin(np.arange(starts[-1]), out)
+    return rows_of_step(seed, step, batch, Rows(starts, mask), order)
+
+
 def test_the_order_is_a_permutation_each_epoch_and_does_not_depend_on_how_it_is_cut() -> None:
-    whole = np.concatenate([rows_of_step(3, step, 5, (0, 20)) for step in range(8)])
+    whole = np.concatenate([_rows(3, step, 5, (0, 20)) for step in range(8)])
     assert sorted(whole[:20]) == sorted(whole[20:]) == list(range(20))
     assert list(whole[:20]) != list(whole[20:])
-    np.testing.assert_array_equal(np.concatenate([rows_of_step(3, step, 10, (0, 20)) for step in range(4)]), whole)
-    assert list(rows_of_step(4, 0, 20, (0, 20))) != list(whole[:20])
+    np.testing.assert_array_equal(np.concatenate([_rows(3, step, 10, (0, 20)) for step in range(4)]), whole)
+    assert list(_rows(4, 0, 20, (0, 20))) != list(whole[:20])
 
 
 def test_a_batch_may_cross_epochs() -> None:
-    rows = rows_of_step(0, 1, 7, (0, 10))  # positions 7..13
-    np.testing.assert_array_equal(rows[:3], rows_of_step(0, 0, 10, (0, 10))[7:])
-    np.testing.assert_array_equal(rows[3:], rows_of_step(0, 1, 10, (0, 10))[:4])
+    rows = _rows(0, 1, 7, (0, 10))  # positions 7..13
+    np.testing.assert_array_equal(rows[:3], _rows(0, 0, 10, (0, 10))[7:])
+    np.testing.assert_array_equal(rows[3:], _rows(0, 1, 10, (0, 10))[:4])
 
 
 def test_chunks_stop_at_the_episodes_end(pack_path: Path) -> None:
@@ -61,15 +68,13 @@ def test_several_pairs_are_one_run_of_rows(pack_path: Path, caches: dict[str, Pa
 def test_shard_order_keeps_to_windows_of_shards_and_visits_every_row_once() -> None:
     starts = shard_starts([(45, 2), (7, 4)])  # 23 and 2 shards
     assert starts == (*range(0, 45, 2), 45, 49, 52)
-    one_epoch = rows_of_step(1, 0, 52, starts, "shard")
+    one_epoch = _rows(1, 0, 52, starts, "shard")
     assert sorted(one_epoch) == list(range(52))
     for first in range(0, 40, 13):  # 8 shards hold at most 18 rows, so 13 rows touch at most two windows
         shards = np.searchsorted(starts, one_epoch[first : first + 13], side="right")
         assert len(set(shards)) <= 2 * 8
-    assert list(one_epoch) != list(rows_of_step(2, 0, 52, starts, "shard"))
-    np.testing.assert_array_equal(
-        np.concatenate([rows_of_step(1, step, 13, starts, "shard") for step in range(4)]), one_epoch
-    )
+    assert list(one_epoch) != list(_rows(2, 0, 52, starts, "shard"))
+    np.testing.assert_array_equal(np.concatenate([_rows(1, step, 13, starts, "shard") for step in range(4)]), one_epoch)
 
 
 def test_token_statistics_are_those_of_all_tokens(pack_path: Path, caches: dict[str, Path]) -> None:

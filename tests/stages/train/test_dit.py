@@ -5,6 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from geomcache.cache_schemas.errors import ConfigError
 from geomcache.stages.train.batch import GeomTokens
 from geomcache.stages.train.building import seeded
 from geomcache.stages.train.dit import Config, Context, DiT, sinusoid
@@ -133,11 +134,56 @@ def test_patterns_build_what_they_say() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"width": 30, "heads": 4}, {"blocks": 3, "pattern": "interleaved"}, {"pattern": "cros"}, {"deph": 2}],
+    [{"blocks": 3, "pattern": "interleaved"}, {"pattern": "cros"}, {"deph": 2}],
 )
 def test_bad_sizes_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Config.model_validate(bad)
+
+
+def test_the_default_head_is_the_plans() -> None:
+    config = Config().resolved(2048)
+    assert (config.blocks, config.width, config.heads, config.future_tokens) == (16, 2048, 32, 32)
+    assert Config(width=1024).resolved(2048).heads == 16
+    assert Config().resolved(16).heads == 1
+    with pytest.raises(ConfigError, match="heads"):
+        Config(width=30, heads=4).resolved(C)
+
+
+def test_cross_pattern_is_isolated_and_builds_nothing_that_cannot_be_reached(
+    make_context: Callable[..., Context], points: tuple[torch.Tensor, ...]
+) -> None:
+    """The published QwenPI: no position sees another one, or the state; every weight still has a gradient."""
+    with seeded(0):
+        head = DiT(Config(width=32, heads=2, blocks=4, pattern="cross", future_tokens=2, horizon=T), context_dim=C)
+    noisy, time, proprio = points
+    context = make_context(head)
+    assert not hasattr(head, "state_encoder")
+    assert not hasattr(head, "future_FE")
+    assert not any(block.attends_self for block in head.blocks)
+    jacobian = torch.autograd.functional.jacobian(lambda x: head(x, time, proprio, context).sum((0, 1, 3)), noisy)
+    influence_TT = jacobian.abs().sum((1, 2, 4))
+    assert (influence_TT.diagonal() > 0).all()
+    assert (influence_TT - influence_TT.diagonal().diag() == 0).all()
+    assert torch.equal(head(noisy, time, proprio + 1, context), head(noisy, time, proprio, context))
+    head(noisy, time, proprio, make_context(head)).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
+
+
+def test_gradient_checkpointing_computes_blocks_twice_and_changes_nothing(
+    head: DiT, make_context: Callable[..., Context], points: tuple[torch.Tensor, ...]
+) -> None:
+    calls = []
+    head.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients = []
+    for on in (False, True):
+        head.gradient_checkpointing = on
+        head.zero_grad()
+        calls.clear()
+        head(*points, make_context(head)).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in head.parameters()])
+        assert len(calls) == (2 if on else 1)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_sinusoid_by_hand() -> None:

@@ -10,29 +10,29 @@ from geomcache.cache_schemas.errors import ConfigError
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
 from geomcache.pipeline.pooling import pool_tokens
-from geomcache.stages.train.batch import GeomTokens
+from geomcache.stages.train.batch import GeomSizes, GeomTokens
 from geomcache.stages.train.building import seeded
 from geomcache.stages.train.policy import PolicyConfig, PolicyNet
 
 DIM, CONTEXT, BLOCKS, K = 64, 32, 3, 16
 NAMES = [name for name in plugins.names("compressor") if name != "none"]
-READS_POOLED = {name: plugins.load("compressor", name).reads_pooled for name in plugins.names("compressor")}
 MEAN_D = torch.linspace(-1, 1, DIM)
 STD_D = torch.logspace(-0.5, 0.5, DIM)
 
 
+def reads_pooled(name: str, **options: bool) -> bool:
+    answer: bool = plugins.load("compressor", name).reads_pooled(plugins.config_class("compressor", name)(**options))
+    return answer
+
+
+READS_POOLED = {name: reads_pooled(name) for name in plugins.names("compressor")}
+
+
 def build(name: str, views: int, tokens: int) -> Any:
     """The same weights whatever the number of tokens."""
+    sizes = GeomSizes(views=views, grid=(1, tokens), dim=DIM, context_dim=CONTEXT, num_blocks=BLOCKS, num_tokens=K)
     with seeded(0):
-        return plugins.load("compressor", name)(
-            plugins.config_class("compressor", name)(),
-            views=views,
-            tokens_per_view=tokens,
-            dim=DIM,
-            context_dim=CONTEXT,
-            num_blocks=BLOCKS,
-            num_tokens=K,
-        )
+        return plugins.load("compressor", name)(plugins.config_class("compressor", name)(), sizes)
 
 
 def tokens_of(views: int, per_view: int, missing: float) -> torch.Tensor:
@@ -117,6 +117,17 @@ def test_a_policy_that_looks_at_single_tokens_is_not_built_on_a_pooled_cache(
         _policy(spec.model_copy(update={"pooled_to": 4}), small_vlm, "pool")
 
 
+@pytest.mark.parametrize("compressor", ["pool", "per_layer"])
+@pytest.mark.parametrize("option", ["view_embedding", "position_embedding"])
+def test_a_policy_that_is_told_the_tokens_places_is_not_built_on_a_pooled_cache(
+    spec: TokenSpec, small_vlm: dict[str, Any], compressor: str, option: str
+) -> None:
+    """Its K means have no places: one view of one row would be embedded, silently."""
+    with pytest.raises(ConfigError, match=rf"reads every token[\s\S]*without [\s\S]*{option}"):
+        _policy(spec.model_copy(update={"pooled_to": 5}), small_vlm, compressor, {option: True})
+    assert _policy(spec, small_vlm, compressor, {option: True}).config.geom_compression[option]
+
+
 @pytest.mark.parametrize("compressor", ["pool", "per_layer", "qformer", "gated"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_token_that_is_not_finite_is_no_token(
@@ -137,7 +148,15 @@ def test_a_token_that_is_not_finite_is_no_token(
     assert losses[0].isfinite()
 
 
-def _policy(spec: TokenSpec, small_vlm: dict[str, Any], compressor: str) -> PolicyNet:
+def _policy(
+    spec: TokenSpec, small_vlm: dict[str, Any], compressor: str, options: dict[str, bool] | None = None
+) -> PolicyNet:
     dit = {"width": 32, "heads": 2, "blocks": 2, "future_tokens": 2, "horizon": 4}
-    config = {"backbone": {"config": small_vlm}, "dit": dit, "geom_compression_type": compressor, "geom_dit_tokens": 5}
+    config = {
+        "backbone": {"config": small_vlm},
+        "dit": dit,
+        "geom_compression_type": compressor,
+        "geom_compression": options or {},
+        "geom_dit_tokens": 5,
+    }
     return PolicyNet(PolicyConfig.model_validate(config), spec, torch.full((5,), 0.5), torch.full((5,), 2.0))

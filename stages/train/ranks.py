@@ -1,0 +1,83 @@
+"""One accelerate ``Accelerator`` for a run, and the proof that what was launched is what was asked for.
+
+Non-obvious:
+- ``accelerate launch --cpu --num_processes 2`` starts one process and says nothing.
+- With FSDP's environment on a CPU accelerate trains plain DDP and says nothing.
+- DeepSpeed's ``bf16`` casts every weight; its ``torch_autocast`` keeps float32 weights (configs/accelerate/zero2.json).
+- FSDP2's default under bf16 casts weights and inputs of every wrapped module, the head's too: switched off here, the
+  VLM's precision comes from autocast as everywhere.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
+
+from geomcache.cache_schemas.errors import ConfigError, InputError, MissingDependency
+from geomcache.pipeline.devices import resolve_device
+from geomcache.stages.train.config import TrainConfig
+
+_TYPES = {
+    "ddp": (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
+    "fsdp2": (DistributedType.FSDP,),
+    "zero2": (DistributedType.DEEPSPEED,),
+}
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Built here and not at import; what kind of ranks there are comes from the environment of the launch.
+
+    Raises:
+        InputError: another number of ranks, or another kind of them, than configured.
+    """
+    device = resolve_device(config.device)
+    options: dict[str, Any] = {}
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and device != "cpu":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        options["fsdp_plugin"] = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and importlib.util.find_spec("deepspeed") is None:
+        raise MissingDependency("strategy zero2 needs DeepSpeed", fix="pip install deepspeed")
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.out), logging_dir=str(config.out / "tensorboard"), automatic_checkpoint_naming=False
+        ),
+        **options,
+    )
+    _require_launch(config, accelerator)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "gradient_clipping": config.gradient_clip,
+            "torch_autocast": {"enabled": config.mixed_precision == "bf16", "dtype": "bfloat16"},
+        }
+    return accelerator
+
+
+def _require_launch(config: TrainConfig, accelerator: Accelerator) -> None:
+    fix = f"geomcache train --processes {config.processes} ..., which starts them itself"
+    if accelerator.num_processes != config.processes:
+        raise InputError(
+            "training was launched with another number of processes than configured",
+            expected=f"{config.processes} (processes)",
+            found=f"{accelerator.num_processes} running",
+            fix=fix,
+        )
+    found = accelerator.distributed_type
+    plain = found == DistributedType.NO and config.processes == 1 and config.strategy == "ddp"
+    if not plain and found not in _TYPES[config.strategy]:
+        raise ConfigError(
+            f"ranks were launched for another strategy than {config.strategy}",
+            expected=f"{config.strategy} on GPUs" if config.strategy != "ddp" else "ddp",
+            found=f"accelerate's {found.value} on {'GPUs' if torch.cuda.is_available() else 'a CPU'}",
+            fix=fix if config.strategy == "ddp" or torch.cuda.is_available() else "--set strategy=ddp on a CPU",
+        )
