@@ -62,9 +62,10 @@ def read_yaml(file: str) -> dict[str, Any]:
 
 
 def preset_names() -> list[str]:
-    """Shipped presets, as ``--config`` takes them."""
+    """Shipped presets, as ``--config`` takes them; those under ``accelerate`` are for its own launcher."""
     folder = Path(str(resources.files("geomcache.configs")))
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    found = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
+    return sorted(str(path) for path in found if path.parts[0] != "accelerate")
 
 
 def _parse_yaml(text: str, where: str) -> Any:

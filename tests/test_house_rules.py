@@ -81,6 +81,7 @@ OPTIONS = {
     "extract": "--pack --encoder --out --codec --pool --statistics-from --workers --on-error --ray-address --dry-run "
     "--rows --assume-tflops --unlock --config --set --json",
     "train": "--pack --cache --out --compressor --steps --seed --config --set --json",
+    "diagnose": "RUN --rows --out --json",
     "eval": "RUN --suite --tasks --episodes --seed --out --encoder --cameras --image-orientation --config --set --json",
     "cache ls": "FOLDER --json",
     "cache info": "CACHE --json",

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from geomcache.cache_schemas.errors import GeomcacheError
-from geomcache.stages.cli import cache, demos, encoders, evaluate, extract, pack, quickstart, report, train
+from geomcache.stages.cli import cache, demos, diagnose, encoders, evaluate, extract, pack, quickstart, report, train
 from geomcache.stages.cli.common import EXIT_MISTAKE, say
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("encoders")(encoders.encoders)
 app.command("extract")(extract.extract)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("diagnose")(diagnose.diagnose)
 app.add_typer(cache.app, name="cache")
 app.command("report")(report.report)
 app.command("quickstart")(quickstart.quickstart)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from geomcache.stages.train.diagnose_run import RunDiagnosis
     from geomcache.stages.train.diagnosis import Spread
 
+FEW_EPISODES = 5
+
 
 def diagnose(
     run: Annotated[Path, typer.Argument(help="Run folder of geomcache train, or one of its checkpoints.")],
@@ -29,6 +31,8 @@ def diagnose(
     found = diagnose_run(run, rows, out)
     if not found.held_out:
         say("this run holds no episode out: these are rows it was trained on")
+    if found.episodes < FEW_EPISODES:
+        say(f"rows of {_episodes(found)} only: neighbours are alike, so the true spread is larger than the one shown")
     if as_json:
         show_values(found.model_dump(mode="json"), as_json)
         return
@@ -41,7 +45,7 @@ def _print(found: "RunDiagnosis") -> None:
     measured = found.measured
     kind = "held out" if found.held_out else "trained on"
     typer.echo(
-        f"{found.run} {found.checkpoint}: {measured.samples} rows of {found.episodes} episodes, {kind}; "
+        f"{found.run} {found.checkpoint}: {measured.samples} rows of {_episodes(found)}, {kind}; "
         f"{measured.draws} draws of noise each; +- is the standard error"
     )
     percent = 100 / measured.loss.mean if measured.loss.mean else 0.0
@@ -69,7 +73,7 @@ def _print(found: "RunDiagnosis") -> None:
             *(f"step {step + 1}, %" for step in range(len(measured.blocks[0].mass))),
             "of uniform",
             "entropy",
-            "rank",
+            "eff. rank",
             "over samples",
             "varying",
         ],
@@ -103,6 +107,10 @@ def _print(found: "RunDiagnosis") -> None:
     if measured.gates is not None:
         gates = measured.gates
         typer.echo(f"gates: mean {gates.mean:.3f}, below 0.1 {gates.below:.1%}, from 0.9 on {gates.above:.1%}")
+
+
+def _episodes(found: "RunDiagnosis") -> str:
+    return "one episode" if found.episodes == 1 else f"{found.episodes} episodes"
 
 
 def _spread(spread: "Spread", factor: float = 1.0) -> str:

@@ -35,21 +35,36 @@ def png(image: NDArray[np.uint8]) -> bytes:
 
 
 def curves_picture(runs: Mapping[str, Sequence[dict[str, Any]]]) -> bytes:
-    """Training loss against steps, one line per run."""
+    """The losses of metrics.jsonl against steps, a colour for each run: training and its running mean, validation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6.4, 3.4), layout="constrained")
-    for name, lines in runs.items():
-        axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name, linewidth=1.2)
-    axis.set_xlabel("optimiser step")
+    for number, (name, lines) in enumerate(runs.items()):
+        training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        validation = [(line["step"], line["validation"]["loss"]) for line in lines if "validation" in line]
+        steps = [step for step, _ in training]
+        color = f"C{number % 10}"
+        axis.plot(steps, [loss for _, loss in training], color=color, linewidth=0.6, alpha=0.3)
+        axis.plot(steps, _smoothed([loss for _, loss in training]), color=color, linewidth=1.4, label=name)
+        if validation:
+            axis.plot(
+                *zip(*validation, strict=True), color=color, linewidth=1.2, linestyle=":", marker="o", markersize=3
+            )
+    axis.set_xlabel("optimiser step (dotted: held-out episodes, averaged weights)")
     axis.set_ylabel("flow-matching loss")
     axis.set_yscale("log")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
+    figure.savefig(buffer, dpi=110)
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Running mean over the last twentieth of the values."""
+    window = max(1, len(values) // 20)
+    return [float(np.mean(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]

@@ -17,7 +17,7 @@ from geomcache.pipeline.store.token_picture import tokens_picture
 from geomcache.stages.evaluate.pictures import curves_picture
 from geomcache.stages.evaluate.run import RESULTS_NAME, EvalResults, read_results
 from geomcache.stages.train.checkpoint import latest_checkpoint, read_card
-from geomcache.stages.train.metrics import METRICS_NAME, training_lines
+from geomcache.stages.train.metrics import METRICS_NAME, read_metrics
 from geomcache.stages.train.run import RESULT_NAME, TrainResult
 
 
@@ -80,7 +80,7 @@ def write_report(folder: Path, out: Path, title: str) -> Path:
 
     template = resources.files("geomcache.stages.evaluate").joinpath("report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    metrics = {run.name: training_lines(run / METRICS_NAME) for run in _runs(folder)}
+    metrics = {run.name: read_metrics(run / METRICS_NAME) for run in _runs(folder)}
     page = environment.from_string(template).render(
         title=title,
         version=geomcache.__version__,

@@ -75,8 +75,6 @@ def measure(
             given = {name: _take(other, rows) for name, other in changed.items()}
             with torch.no_grad():
                 parts.append(_measure_part(policy, _take(batch, rows), given, random.take(rows)))
-        rows = torch.linspace(0, size - 1, min(size, SAMPLES_AT_A_TIME)).round().long().tolist()
-        gradients = _gradients(policy, _take(batch, rows), random.take(rows))
     loss_B = {name: torch.cat([part.loss_B[name] for part in parts]) for name in parts[0].loss_B}
     actions_BTA = {name: torch.cat([part.actions_BTA[name] for part in parts]) for name in parts[0].actions_BTA}
     if not all(bool(values.isfinite().all()) for values in (*loss_B.values(), *actions_BTA.values())):
@@ -86,6 +84,9 @@ def measure(
             found=f"loss {float(loss_B['own'].mean())}",
             fix="look in metrics.jsonl where the loss left its course, and take a checkpoint from before that",
         )
+    some = torch.linspace(0, size - 1, min(size, SAMPLES_AT_A_TIME)).round().long().tolist()
+    with _evaluating(policy):
+        gradients = _gradients(policy, _take(batch, some), random.take(some))
     change_B = {name: (values - actions_BTA["own"]).abs().mean(dim=(1, 2)) for name, values in actions_BTA.items()}
     effects = {
         name: Effect(
@@ -314,7 +315,7 @@ def _gradients(policy: PolicyNet, batch: PolicyBatch, random: _Random) -> Gradie
 def _gradient(weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Gradient | None:
     if not weights:
         return None
-    norm, size = (math.hypot(*(float(tensor.norm()) for tensor in some)) for some in (gradients, weights))
+    norm, size = (float(torch.stack([x.detach().norm() for x in some]).norm()) for some in (gradients, weights))
     return Gradient(norm=norm, over_weights=norm / size if size > 0 else 0.0)
 
 

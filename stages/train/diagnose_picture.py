@@ -26,14 +26,12 @@ def diagnosis_picture(found: Diagnosis, title: str) -> bytes:
     _draw_attention(attention, found)
     _draw_loss(loss, found)
     _draw_actions(actions, found)
-    rank, varying, last = lower.subplots(1, 3, width_ratios=(2, 1, 1))
-    _draw_ranks(rank, found)
-    _draw_gradients(varying, found)
+    widths = (2, 1) if found.gates is None else (2, 1, 1)
+    ranks, gradients, *gates = lower.subplots(1, len(widths), width_ratios=widths)
+    _draw_ranks(ranks, found)
+    _draw_gradients(gradients, found)
     if found.gates is not None:
-        _draw_gates(last, found.gates.histogram)
-    else:
-        last.set_axis_off()
-        last.text(0.5, 0.5, f"{found.compressor} has no gates", ha="center", fontsize=_SMALL, color=_GREY)
+        _draw_gates(gates[0], found.gates.histogram)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
@@ -74,8 +72,8 @@ def _draw_actions(axis: Any, found: Diagnosis) -> None:
     errors = [STANDARD_ERRORS * (effect.actions.error or 0.0) for effect in found.effects.values()]
     axis.bar(names, means, yerr=errors, capsize=3, color=[_ORANGE, _BLUE, _BLUE][-len(names) :])
     axis.axhline(found.noise_actions.mean, color=_GREY, linestyle="--", linewidth=1.0, label="other noise alone")
-    axis.legend(frameon=False, fontsize=7)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.2 * max(axis.get_ylim()[1], found.noise_actions.mean))  # room for the legend
+    axis.legend(frameon=False, fontsize=7, loc="upper right")
     _label(axis, "change of sampled actions", "mean |change|, normalised units")
 
 
@@ -97,6 +95,7 @@ def _draw_ranks(axis: Any, found: Diagnosis) -> None:
         right = axis.twinx()
         right.plot(places, varying, color=_ORANGE, label="share of variance between samples", linestyle=":", **line)
         right.set_ylim(0, 1)
+        right.set_ylabel("share of variance", fontsize=_SMALL)
         right.tick_params(labelsize=7)
         handles = [*axis.get_lines(), *right.get_lines()]
         axis.legend(handles, [one.get_label() for one in handles], frameon=False, fontsize=7)
@@ -108,11 +107,10 @@ def _draw_gradients(axis: Any, found: Diagnosis) -> None:
     gradients = found.gradients
     modules = {"compressor": gradients.compressor, "DiT": gradients.dit, "VLM": gradients.vlm}
     there = {name: gradient.over_weights for name, gradient in modules.items() if gradient is not None}
-    axis.bar(list(there), list(there.values()), color=[_ORANGE, _BLUE, _BLUE][: len(there)])
-    if any(value > 0 for value in there.values()):
-        axis.set_yscale("log")
+    bars = axis.bar(list(there), list(there.values()), color=[_ORANGE, _BLUE, _BLUE][: len(there)])
+    axis.bar_label(bars, [f"{value:.2g}" for value in there.values()], fontsize=7)
     frozen = [name for name, gradient in modules.items() if gradient is None]
-    _label(axis, "gradient" + (f" (frozen: {', '.join(frozen)})" if frozen else ""), "norm / norm of the weights")
+    _label(axis, "gradient" + (f" (not trained: {', '.join(frozen)})" if frozen else ""), "norm / norm of the weights")
 
 
 def _draw_gates(axis: Any, histogram: tuple[float, ...]) -> None:

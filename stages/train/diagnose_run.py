@@ -86,7 +86,7 @@ def diagnose_run(path: Path, rows: int = ROWS, out: Path | None = None) -> RunDi
     write_atomic(out / JSON_NAME, found.model_dump_json(indent=2))
     title = f"{run.name}, {checkpoint.name}: {card.recipe.spec.encoder} through {measured.compressor}"
     kind = "held out" if held_out else "TRAINED ON"
-    title += f"; {len(chosen)} rows of {found.episodes} episodes, {kind}"
+    title += f"; {len(chosen)} rows of {found.episodes} episode{'s' * (found.episodes > 1)}, {kind}"
     write_atomic(out / PICTURE_NAME, diagnosis_picture(measured, title))
     return found
 

@@ -118,13 +118,13 @@ class Diagnosis(Schema):
         return {f"geometry/{name}": value for name, value in found.items()}
 
     @property
-    def used(self) -> Literal["yes", "hardly", "no sign", "harmful", "unreachable"] | None:
-        """The verdict's word; None for one sample."""
-        if self.shuffled is None:
+    def used(self) -> Literal["yes", "hardly", "no sign", "harmful", "unreached"] | None:
+        """The verdict's word, from the shuffled geometry alone; None where there was nothing to shuffle."""
+        if self.shuffled is None or not self.shuffled.tokens_moved:
             return None
-        loss, actions = self.shuffled.loss, self.shuffled.actions
-        if loss.mean == 0 and actions.mean == 0:
-            return "unreachable"
+        loss = self.shuffled.loss
+        if loss.mean == 0 and self.shuffled.actions.mean == 0:
+            return "unreached"
         if not loss.counts:
             return "no sign"
         if loss.mean < 0:
@@ -133,25 +133,28 @@ class Diagnosis(Schema):
 
     def verdict(self) -> str:
         """One plain sentence. The rule: the shuffled loss's mean change against twice its standard error, and 1 %."""
-        if self.shuffled is None or self.used is None:
-            return "one sample cannot be shuffled, so there is no verdict: measure more rows"
-        if self.used == "unreachable":
-            return "shuffled geometry changes nothing at all: it does not reach the actions"
-        loss = self.shuffled.loss
-        assert loss.error is not None
-        percent = 100 / self.loss.mean if self.loss.mean else 0.0
-        margin = f"(+- {STANDARD_ERRORS * loss.error * percent:.2g} %, two standard errors over {self.samples} samples)"
-        direction = "raises" if loss.mean > 0 else "lowers"
-        sentence = f"shuffled geometry {direction} the loss by {abs(loss.mean) * percent:.2g} % {margin}: "
+        used = self.used
+        if self.shuffled is None or used is None:
+            what = "one row cannot be" if self.samples == 1 else "all rows have the same geometry, which cannot be"
+            return f"no verdict: {what} shuffled; measure other rows, or more of them"
+        if used == "unreached":
+            return "shuffled geometry changes nothing at all: what the tokens say does not reach the actions"
+        percent = 100 / self.loss.mean
+        loss, direction = self.shuffled.loss, "raises" if self.shuffled.loss.mean > 0 else "lowers"
+        assert loss.error is not None, "several rows"
+        sentence = (
+            f"shuffled geometry {direction} the loss by {abs(loss.mean) * percent:.2g} % "
+            f"(+- {STANDARD_ERRORS * loss.error * percent:.2g} %, two standard errors over {self.samples} rows): "
+        )
         sentence += {
             "yes": "this policy uses its geometry",
             "hardly": "this policy hardly uses its geometry",
             "no sign": "within its spread, no sign that this policy uses its geometry",
-            "harmful": "this policy is misled by its geometry on these rows",
-        }[self.used]
+            "harmful": "on these rows its geometry misleads this policy",
+        }[used]
         moved = self.shuffled.tokens_moved
         if moved is not None and moved < HARDLY_MOVED:
-            sentence += f"; but the shuffled tokens differ by only {moved:.2g} standard deviations"
+            sentence += f"; but the tokens of different rows are only {moved:.2g} standard deviations apart"
         return sentence
 
 

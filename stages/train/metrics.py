@@ -59,8 +59,8 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-        if self._config.trackers:
-            self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:  # end_training would end the ranks' group as well
+            tracker.finish()
 
     def waited(self, seconds: float) -> None:
         """The step just done waited so long for data."""
@@ -127,8 +127,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
-
-
-def training_lines(path: Path) -> list[dict[str, Any]]:
-    """Those about optimiser steps."""
-    return [line for line in read_metrics(path) if "loss" in line]

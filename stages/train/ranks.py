@@ -3,7 +3,7 @@
 Non-obvious:
 - ``accelerate launch --cpu --num_processes 2`` starts one process and says nothing.
 - With FSDP's environment on a CPU accelerate trains plain DDP and says nothing.
-- DeepSpeed's ``bf16`` casts every weight; its ``torch_autocast`` keeps float32 weights (configs/accelerate/zero2.json).
+- DeepSpeed's ``bf16``, which accelerate switches on, casts every weight; its ``torch_autocast`` keeps them float32.
 - FSDP2's default under bf16 casts weights and inputs of every wrapped module, the head's too: switched off here, the
   VLM's precision comes from autocast as everywhere.
 """
@@ -34,6 +34,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         InputError: another number of ranks, or another kind of them, than configured.
     """
     device = resolve_device(config.device)
+    if config.strategy != "ddp" and device == "cpu":
+        raise ConfigError(
+            f"strategy {config.strategy} needs GPUs",
+            expected="ddp on a CPU",
+            found=config.strategy,
+            fix="--set strategy=ddp",
+        )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "cuda" and here > torch.cuda.device_count():
+        raise InputError(
+            "there are fewer GPUs here than processes",
+            expected=f"{here} GPUs",
+            found=str(torch.cuda.device_count()),
+            fix=f"--processes {torch.cuda.device_count()}",
+        )
     options: dict[str, Any] = {}
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and device != "cpu":
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -58,6 +73,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "train_micro_batch_size_per_gpu": config.batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "gradient_clipping": config.gradient_clip,
+            "zero_allow_untested_optimizer": True,  # torch's AdamW
+            "bf16": {"enabled": False},
             "torch_autocast": {"enabled": config.mixed_precision == "bf16", "dtype": "bfloat16"},
         }
     return accelerator
@@ -77,7 +94,7 @@ def _require_launch(config: TrainConfig, accelerator: Accelerator) -> None:
     if not plain and found not in _TYPES[config.strategy]:
         raise ConfigError(
             f"ranks were launched for another strategy than {config.strategy}",
-            expected=f"{config.strategy} on GPUs" if config.strategy != "ddp" else "ddp",
-            found=f"accelerate's {found.value} on {'GPUs' if torch.cuda.is_available() else 'a CPU'}",
-            fix=fix if config.strategy == "ddp" or torch.cuda.is_available() else "--set strategy=ddp on a CPU",
+            expected=" or ".join(kind.value for kind in _TYPES[config.strategy]),
+            found=found.value,
+            fix=fix,
         )

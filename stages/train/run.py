@@ -73,9 +73,8 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
         require_own_folder(config.out, lambda folder: holds_config_of(folder, TrainConfig), "a training run")
         _require_same_config(config)
         _require_same_data(config, data)
-        result_path = config.out / RESULT_NAME
-        if result_path.exists():
-            return TrainResult.parse(result_path.read_bytes(), str(result_path), InputError), True
+        if (finished := read_result(config.out)) is not None:
+            return finished, True
     trained = data.training_rows
     normaliser = Normaliser.fit(data.states()[trained], data.actions()[trained], config.normalisation, config.gripper)
     policy = build_policy(config, data)
@@ -114,8 +113,14 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
         validation=validated,
     )
     if accelerator.is_main_process:
-        write_atomic(result_path, result.model_dump_json(indent=2))
+        write_atomic(config.out / RESULT_NAME, result.model_dump_json(indent=2))
     return result, False
+
+
+def read_result(run: Path) -> TrainResult | None:
+    """result.json of a finished run."""
+    path = run / RESULT_NAME
+    return TrainResult.parse(path.read_bytes(), str(path), InputError) if path.exists() else None
 
 
 def build_policy(config: TrainConfig, data: TrainingData) -> PolicyNet:
@@ -206,6 +211,9 @@ def main(arguments: list[str]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             sys.stderr.write(f"{ending.text}\n")
         raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _line_now_and_then(seconds: float = 20.0) -> Progress:

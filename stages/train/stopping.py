@@ -25,8 +25,11 @@ class TrainingStopped(SystemExit):
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(128 + number)
-        self.step = step
+        self.number, self.step = number, step
         self.text = f"stopped by {signal.Signals(number).name} after step {step}; saved, the same command continues"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TrainingStopped, (self.number, self.step)
 
 
 class StopSignals:

@@ -25,6 +25,7 @@ class Compressor(CompressorBase):
 
     Masked tokens are left out of the mean; a group without any token left is masked from attention. The mean
     is taken before the Linear layer: equal to after it (it is affine), at K / N of its cost.
+    Embeddings tell the DiT which group a mean is of, not what stood where in the group: a mean forgets that.
 
     Args:
         config: which embeddings are added to the projected tokens.
