@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 QUICKSTART ?= quickstart/quickstart
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install system quickstart test lint types unit bench demo-table torture clean
+.PHONY: help install system quickstart test lint types unit bench gpu-check demo-table torture clean
 
 help:
 	@echo "make quickstart   the whole chain at tiny size in the real simulator (QUICKSTART=quickstart/smallest: less)"
@@ -14,6 +14,7 @@ help:
 	@echo "make install      only .venv"
 	@echo "make torture      the cache's fault tests at length; counts are written to runs/torture"
 	@echo "make bench        the benchmarks; figures are written to runs/benchmarks"
+	@echo "make gpu-check    the CUDA path of training, where there is a GPU; figures are written to runs/benchmarks"
 	@echo "make demo-table   the scripted expert on all 50 shipped states of its 20 tasks (hours) -> docs/demo_table.md"
 
 # The simulator needs Mesa's EGL; said before anything is downloaded.
@@ -58,6 +59,11 @@ bench: install
 	$(BIN)/python benchmarks/frames.py --json runs/benchmarks/frames.json
 	$(BIN)/python benchmarks/cache.py --json runs/benchmarks/cache.json
 	$(BIN)/python benchmarks/extract.py --smallest --json runs/benchmarks/extract.json
+
+# On a machine with a GPU: CUDA against CPU, precision, the full-size step, reuse of keys and values.
+gpu-check: install
+	@mkdir -p runs/benchmarks
+	$(BIN)/python benchmarks/gpu_check.py --json runs/benchmarks/gpu_check.json
 
 demo-table: install
 	$(BIN)/python benchmarks/demo_table.py --states 50 --noise 0 0.1 --out docs/demo_table.md

@@ -33,6 +33,7 @@ class LearningRates(Schema):
     """Per module; every group ends at ``TrainConfig.min_learning_rate``."""
 
     vlm: float = Field(default=1e-5, gt=0)
+    lora: float = Field(default=1e-4, gt=0)  # adapters of the VLM
     head: float = Field(default=1e-4, gt=0)  # DiT, compressor and everything else
 
 

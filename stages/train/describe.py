@@ -15,14 +15,13 @@ from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.pipeline import plugins
 from geomcache.stages.train.building import parse_options
 from geomcache.stages.train.config import TrainConfig
-from geomcache.stages.train.optim import make_optimizer
+from geomcache.stages.train.optim import ADAPTER, make_optimizer
 from geomcache.stages.train.policy import PolicyConfig, PolicyNet
 
 ASSUMED_TOKENS = "2x16x16x1536"  # MapAnything v1.1 on two views of 224 px
 TOTAL = "total"
 
 _PATH_PARTS = {"backbone": 4, "dit": 2, "compressor": 1}  # how much of a parameter's path names its line
-_ADAPTER = ".lora_"
 _EMA_BYTES = 4  # averages are kept in float32
 
 
@@ -102,7 +101,7 @@ def assumed_tokens(shape: str = ASSUMED_TOKENS) -> TokenSpec:
 def _line_of(name: str) -> str:
     path = name.split(".")
     line = ".".join(path[: _PATH_PARTS[path[0]]])
-    return f"{line} (LoRA)" if _ADAPTER in name else line
+    return f"{line} (LoRA)" if ADAPTER in name else line
 
 
 def _describe(name: str, parameters: list[torch.nn.Parameter], peaks: dict[int, float], averaged: bool) -> ModuleInfo:

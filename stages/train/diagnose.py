@@ -54,7 +54,7 @@ def measure(
         None for a policy without geometry.
 
     Raises:
-        TrainingFailed: the policy's losses or actions are not finite.
+        TrainingFailed: the policy's losses, actions or gradients are not finite.
     """
     if policy.token_spec is None:
         return None
@@ -68,25 +68,19 @@ def measure(
         other_start_BTA=torch.randn((size, *policy.chunk_shape), generator=generator).to(device),
     )
     changed = _changed(policy, batch)
+    parts = []
     with _evaluating(policy):
-        parts = []
         for start in range(0, size, SAMPLES_AT_A_TIME):
             rows = list(range(start, min(start + SAMPLES_AT_A_TIME, size)))
             given = {name: _take(other, rows) for name, other in changed.items()}
             with torch.no_grad():
                 parts.append(_measure_part(policy, _take(batch, rows), given, random.take(rows)))
-    loss_B = {name: torch.cat([part.loss_B[name] for part in parts]) for name in parts[0].loss_B}
-    actions_BTA = {name: torch.cat([part.actions_BTA[name] for part in parts]) for name in parts[0].actions_BTA}
-    if not all(bool(values.isfinite().all()) for values in (*loss_B.values(), *actions_BTA.values())):
-        raise TrainingFailed(
-            "the policy's losses or actions are not finite, so its use of geometry cannot be measured",
-            expected="finite numbers",
-            found=f"loss {float(loss_B['own'].mean())}",
-            fix="look in metrics.jsonl where the loss left its course, and take a checkpoint from before that",
-        )
-    some = torch.linspace(0, size - 1, min(size, SAMPLES_AT_A_TIME)).round().long().tolist()
-    with _evaluating(policy):
+        some = torch.linspace(0, size - 1, min(size, SAMPLES_AT_A_TIME)).round().long().tolist()
         gradients = _gradients(policy, _take(batch, some), random.take(some))
+    loss_B = {name: _finite(torch.cat([part.loss_B[name] for part in parts])) for name in parts[0].loss_B}
+    actions_BTA = {
+        name: _finite(torch.cat([part.actions_BTA[name] for part in parts])) for name in parts[0].actions_BTA
+    }
     change_B = {name: (values - actions_BTA["own"]).abs().mean(dim=(1, 2)) for name, values in actions_BTA.items()}
     effects = {
         name: Effect(
@@ -307,7 +301,7 @@ def _gradients(policy: PolicyNet, batch: PolicyBatch, random: _Random) -> Gradie
     by_tokens_BVGD = next(found) * policy.token_std_D * len(batch)  # of a sample's own loss, by standardised tokens
     return Gradients(
         samples=len(batch),
-        tokens=float(by_tokens_BVGD.flatten(1).norm(dim=1).mean()),
+        tokens=float(_finite(by_tokens_BVGD.flatten(1).norm(dim=1).mean())),
         **{name: _gradient(some, [next(found) for _ in some]) for name, some in weights.items()},
     )
 
@@ -315,7 +309,8 @@ def _gradients(policy: PolicyNet, batch: PolicyBatch, random: _Random) -> Gradie
 def _gradient(weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> Gradient | None:
     if not weights:
         return None
-    norm, size = (float(torch.stack([x.detach().norm() for x in some]).norm()) for some in (gradients, weights))
+    norms = [torch.stack([tensor.detach().norm() for tensor in some]).norm() for some in (gradients, weights)]
+    norm, size = (float(_finite(tensor)) for tensor in norms)
     return Gradient(norm=norm, over_weights=norm / size if size > 0 else 0.0)
 
 
@@ -363,6 +358,17 @@ def _tokens_moved(policy: PolicyNet, own: PolicyBatch, other: PolicyBatch) -> fl
         if batch.token_mask_BVG is not None:
             there_BVG &= batch.token_mask_BVG
     return float(moved_BVGD[there_BVG].mean().sqrt()) if there_BVG.any() else 0.0
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    if not values.isfinite().all():
+        raise TrainingFailed(
+            "the use of geometry cannot be measured: the policy's losses, actions or gradients are not finite",
+            expected="finite numbers",
+            found=f"{int((~values.isfinite()).sum())} of {values.numel()} are not",
+            fix="look in metrics.jsonl where the loss left its course, and take a checkpoint from before that",
+        )
+    return values
 
 
 def _spread(values_B: torch.Tensor) -> Spread:

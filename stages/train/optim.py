@@ -8,15 +8,17 @@ from torch import nn
 from geomcache.stages.train.config import TrainConfig
 
 BACKBONE_PREFIX = "backbone."
+ADAPTER = ".lora_"  # in the names that peft gives
 
 
 def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Two groups, ``vlm`` and ``head``, over the trainable parameters; each remembers its peak rate."""
-    groups: dict[str, list[nn.Parameter]] = {"vlm": [], "head": []}
+    """Groups named as in ``LearningRates`` over the trainable parameters; each remembers its peak rate."""
+    groups: dict[str, list[nn.Parameter]] = {"vlm": [], "lora": [], "head": []}
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
-            groups["vlm" if name.startswith(BACKBONE_PREFIX) else "head"].append(parameter)
-    peaks = {"vlm": config.learning_rate.vlm, "head": config.learning_rate.head}
+            vlm = "lora" if ADAPTER in name else "vlm"
+            groups[vlm if name.startswith(BACKBONE_PREFIX) else "head"].append(parameter)
+    peaks = config.learning_rate.model_dump()
     return torch.optim.AdamW(
         [
             {"params": params, "lr": peaks[name], "peak": peaks[name], "name": name}

@@ -67,15 +67,6 @@ class LossOutput(NamedTuple):
     valid_actions: torch.Tensor  # int64 scalar: this loss's weight in a mean over batches
 
 
-class ModuleInfo(NamedTuple):
-    """One line of ``describe``."""
-
-    module: str
-    parameters: int
-    trainable: int
-    dtype: str
-
-
 class PolicyNet(nn.Module):
     """VLM hidden states and compressed geometry tokens condition a flow-matching DiT.
 
@@ -293,15 +284,6 @@ class PolicyNet(nn.Module):
         """Write the VLM's config, tokenizer and image processor (no weights) for ``backbone_folder``."""
         self.backbone.save(folder)
 
-    def describe(self) -> list[ModuleInfo]:
-        """Parameters of the VLM's parts, the compressor and the head."""
-        parts: list[tuple[str, nn.Module]] = [
-            *((f"backbone.{name}", part) for name, part in self.backbone.vlm.named_children()),
-            ("compressor", self.compressor),
-            ("dit", self.dit),
-        ]
-        return [_describe(name, part) for name, part in parts]
-
     def _tokens_of(self, batch: PolicyBatch) -> torch.Tensor:
         assert self.token_spec is not None
         expected = (len(batch), *self.token_spec.row_shape)
@@ -322,16 +304,6 @@ def mask_geometry(batch: PolicyBatch, masked_B: torch.Tensor) -> PolicyBatch:
     kept_B11 = ~masked_B.to(batch.tokens_BVGD.device)[:, None, None]
     mask_BVG = kept_B11.expand(batch.tokens_BVGD.shape[:3])
     return replace(batch, token_mask_BVG=mask_BVG if batch.token_mask_BVG is None else mask_BVG & batch.token_mask_BVG)
-
-
-def _describe(name: str, part: nn.Module) -> ModuleInfo:
-    parameters = list(part.parameters())
-    return ModuleInfo(
-        name,
-        sum(p.numel() for p in parameters),
-        sum(p.numel() for p in parameters if p.requires_grad),
-        "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or "-",
-    )
 
 
 def _statistic(given_D: torch.Tensor | None, default_D: torch.Tensor, name: str) -> torch.Tensor:

@@ -194,15 +194,6 @@ def test_tokens_are_standardised(make_policy: MakePolicy, make_batch: MakeBatch,
     assert constant.token_std_D.tolist() == [1.0] * 5
 
 
-def test_describe_counts(make_policy: MakePolicy) -> None:
-    policy = make_policy(backbone={"freeze": "vision"})
-    table = {line.module: line for line in policy.describe()}
-    assert list(table) == ["backbone.visual", "backbone.language_model", "compressor", "dit"]
-    assert table["compressor"].parameters == 5 * 64 + 64
-    assert table["backbone.visual"].trainable == 0
-    assert sum(line.parameters for line in table.values()) == sum(p.numel() for p in policy.parameters())
-
-
 def test_what_does_not_fit_is_refused(make_policy: MakePolicy, make_batch: MakeBatch, spec: TokenSpec) -> None:
     policy = make_policy()
     with pytest.raises(ConfigError, match="needs geometry tokens"):
