@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.pipeline.store.rows import Check
@@ -80,6 +80,15 @@ class TrainConfig(Schema):
     log_every: int = Field(default=10, ge=1)
     trackers: tuple[Tracker, ...] = ("tensorboard",)  # beside metrics.jsonl, which is always written
     open_loop_rows: int = Field(default=128, ge=1)  # training rows on which the finished policy is measured
+
+    @model_validator(mode="after")
+    def _whole_weights_for_a_diagnosis(self) -> Self:
+        if self.strategy == "fsdp2" and self.diagnose_every is not None:
+            raise ValueError(
+                "diagnose_every needs whole weights on each rank: set it to null with strategy fsdp2, "
+                "and run geomcache diagnose on a checkpoint"
+            )
+        return self
 
     def identity(self) -> Self:
         """Without what changes no weight: where things lie (their digests are compared), workers, logging."""

@@ -128,23 +128,32 @@ class SelfAttention(nn.Module):
         return out_BRNE
 
 
-class CrossAttention(nn.Module):
-    """Queries from the action sequence; keys and values from the context, made beforehand by ``encode``."""
+class KeysValues(nn.Module):
+    """The context of one block, normalised and projected; a module of its own, as it is called outside its block."""
 
     def __init__(self, width: int, heads: int, context_dim: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(context_dim)
         self.kv = nn.Linear(context_dim, 2 * width)
-        self.query = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
 
-    def encode(self, context_BMC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, context_BMC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, both [B, h, M, d]."""
         B, M, _ = context_BMC.shape
         kv = self.kv(self.norm(context_BMC)).view(B, M, 2, self.heads, -1)
         keys_BhMd, values_BhMd = kv.permute(2, 0, 3, 1, 4).unbind(0)
         return keys_BhMd, values_BhMd
+
+
+class CrossAttention(nn.Module):
+    """Queries from the action sequence; keys and values from the context, made beforehand by ``keys_values``."""
+
+    def __init__(self, width: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.keys_values = KeysValues(width, heads, context_dim)
+        self.query = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
 
     def forward(
         self, x_BRNE: torch.Tensor, keys_BhMd: torch.Tensor, values_BhMd: torch.Tensor, mask_BM: torch.Tensor
@@ -255,7 +264,7 @@ class DiT(nn.Module):
         """
         cross: list[Any] = [block.cross_attention for block in self.blocks if block.attends_context]
         encoded = [
-            attention.encode(torch.cat([hidden_BSC, geom_BKC], dim=1))
+            attention.keys_values(torch.cat([hidden_BSC, geom_BKC], dim=1))
             for attention, hidden_BSC, geom_BKC in zip(cross, hidden_LBSC, geom.geom_LBKC, strict=True)
         ]
         return Context(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
 from geomcache.cache_schemas.errors import TrainingFailed
@@ -65,6 +66,8 @@ class Trainer:
         if config.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
         self._model, self._optimizer = accelerator.prepare(policy, make_optimizer(policy, config))
+        if isinstance(policy, FSDPModule):
+            register_fsdp_forward_method(policy, "sample")  # gathers weights as forward does
         self._ema = Ema(policy, config.ema_decay) if config.ema_decay is not None else None
         self._start = 0
         if found:
