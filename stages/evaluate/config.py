@@ -28,6 +28,8 @@ class EvalConfig(Schema):
     execute_steps: int = Field(default=8, ge=1)  # actions executed per query of the policy
     settle_steps: int = Field(default=10, ge=0)  # steps with an open gripper before the first query
     horizon: int | None = Field(default=None, ge=1)  # control steps; None: the community's limit for the suite
+    averaged: bool = True  # act with the averaged weights (EMA) where the checkpoint has them
+    without_geometry: bool = False  # mask every geometry token; train with geom_dropout for a policy that knows this
     device: str = "auto"
     encoder_config: dict[str, object] = Field(default_factory=dict)  # e.g. where the same weights lie on this machine
 

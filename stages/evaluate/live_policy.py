@@ -55,14 +55,30 @@ def build_live_tokens(
 
 
 class LivePolicy:
-    """Policy of a checkpoint: observations in, environment actions out."""
+    """Policy of a checkpoint: observations in, environment actions out.
 
-    def __init__(self, run: Path, device: str, encoder_changes: dict[str, object] | None = None) -> None:
+    Args:
+        run: a run's folder or one checkpoint.
+        device: "cpu" or "cuda".
+        encoder_changes: encoder settings that may differ, such as the folder of the weights.
+        averaged: act with the averaged weights where there are any.
+        without_geometry: mask every geometry token; the encoder is not even built.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        device: str,
+        encoder_changes: dict[str, object] | None = None,
+        *,
+        averaged: bool = True,
+        without_geometry: bool = False,
+    ) -> None:
         self.checkpoint = latest_checkpoint(run)
         self.card = read_card(self.checkpoint)
         self._device = torch.device(device)
-        self._net = load_policy(self.checkpoint, self.card).to(self._device).eval()
-        recipe = self.card.recipe
+        self._net = load_policy(self.checkpoint, self.card, averaged=averaged).to(self._device).eval()
+        recipe = self.card.recipe if not without_geometry else None
         self._live = build_live_tokens(recipe, self.card.contract, device, encoder_changes) if recipe else None
 
     @property
@@ -97,12 +113,21 @@ class LivePolicy:
         batch = PolicyBatch(
             **self._net.backbone.packer(frames.images_BVHWC, [seen.instruction for seen in observations]),
             proprio_BP=torch.from_numpy(self.card.normaliser.state.normalise(states)),
-            tokens_BVGD=self._live.tokens(frames) if self._live else None,
+            **self._tokens(frames),
         ).to(self._device)
         noise = torch.stack([self._net.draw_noise(seed) for seed in noise_seeds])
         with self._net.autocast(self.card.mixed_precision):
             normalised = self._net.sample(batch, noise_BTA=noise).cpu().numpy()
         return np.clip(self.card.normaliser.denormalise_actions(normalised), -1.0, 1.0)
+
+    def _tokens(self, frames: FrameBatch) -> dict[str, torch.Tensor]:
+        """Fields of the batch: live tokens; masked ones without geometry; none for a policy that takes none."""
+        if self._live is not None:
+            return {"tokens_BVGD": self._live.tokens(frames)}
+        if self.card.recipe is None:
+            return {}
+        shape = len(frames), *self.card.recipe.spec.row_shape
+        return {"tokens_BVGD": torch.zeros(shape), "token_mask_BVG": torch.zeros(shape[:3], dtype=torch.bool)}
 
 
 def noise_seed(seed: int, episode: str, query: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import geomcache
 from geomcache.cache_schemas.errors import GeomcacheError, InputError
-from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.pipeline.files import write_atomic
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.store.channel_stats import describe_tokens
@@ -16,7 +15,7 @@ from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.pipeline.store.token_picture import tokens_picture
 from geomcache.stages.evaluate.pictures import curves_picture
 from geomcache.stages.evaluate.run import RESULTS_NAME, EvalResults, read_results
-from geomcache.stages.train.checkpoint import latest_checkpoint, read_card
+from geomcache.stages.train.checkpoint import latest_checkpoint, read_card, weights_digest
 from geomcache.stages.train.metrics import METRICS_NAME, read_metrics
 from geomcache.stages.train.run import RESULT_NAME, TrainResult
 
@@ -32,6 +31,7 @@ class PolicyRow:
     error: float
     baseline: float
     ratio: float
+    held_out: str  # open-loop error on held-out episodes
     success: str
     interval: str
 
@@ -54,6 +54,7 @@ def policy_rows(folder: Path) -> list[PolicyRow]:
                 error=result.open_loop_error,
                 baseline=result.mean_action_error,
                 ratio=result.open_loop_ratio,
+                held_out=f"{result.validation.open_loop_error:.3f}" if result.validation else "-",
                 success=f"{results.successes}/{len(results.episodes)}" if results else "-",
                 interval=f"[{results.low:.2f}, {results.high:.2f}]" if results else "-",
             )
@@ -105,7 +106,7 @@ def _evaluation_of(folder: Path, run: Path) -> tuple[Path, EvalResults] | None:
     for path in (run / "eval", folder / "eval" / run.name):
         if (path / RESULTS_NAME).exists():
             results = read_results(path)
-            if results.checkpoint_weights == digest_file(latest_checkpoint(run) / "policy.safetensors"):
+            if results.checkpoint_weights == weights_digest(read_card(latest_checkpoint(run))):
                 return path, results
     return None
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import geomcache
 from geomcache.cache_schemas.base import Schema, VersionedSchema
 from geomcache.cache_schemas.errors import InputError
-from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.pipeline.devices import resolve_device
 from geomcache.pipeline.files import require_own_folder, write_atomic, write_config
 from geomcache.pipeline.sim.libero_env import LiberoEnv
@@ -18,6 +17,7 @@ from geomcache.stages.evaluate.live_policy import LivePolicy, require_belief
 from geomcache.stages.evaluate.pictures import filmstrip
 from geomcache.stages.evaluate.rollout import roll_out
 from geomcache.stages.evaluate.statistics import wilson_interval
+from geomcache.stages.train.checkpoint import weights_digest
 
 RESULTS_NAME = "results.json"
 Progress = Callable[[int, int, str], None]  # (episodes done, episodes in all, text)
@@ -54,7 +54,7 @@ class EvalResults(VersionedSchema):
     """results.json."""
 
     config: EvalConfig
-    checkpoint_weights: str  # SHA-256 of policy.safetensors
+    checkpoint_weights: str  # digest of the checkpoint's weights, the averaged ones included
     checkpoint_step: int
     horizon: int
     geomcache_version: str
@@ -95,7 +95,13 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
 
 
 def _load_policy(config: EvalConfig) -> tuple[str, LivePolicy]:
-    policy = LivePolicy(config.run, resolve_device(config.device), dict(config.encoder_config))
+    policy = LivePolicy(
+        config.run,
+        resolve_device(config.device),
+        dict(config.encoder_config),
+        averaged=config.averaged,
+        without_geometry=config.without_geometry,
+    )
     card = policy.card
     require_belief("encoder", config.encoder, card.recipe.encoder.name if card.recipe else "none")
     require_belief("cameras", config.cameras, card.contract.camera_names)
@@ -107,7 +113,7 @@ def _load_policy(config: EvalConfig) -> tuple[str, LivePolicy]:
             found=str(config.execute_steps),
             fix=f"--set execute_steps={policy.horizon}",
         )
-    return digest_file(policy.checkpoint / "policy.safetensors"), policy
+    return weights_digest(card), policy
 
 
 def _require_init_states(config: EvalConfig, task: int) -> None:

@@ -1,11 +1,15 @@
 """Arms that differ in the compressor alone: equal seeds, equal data order, equal schedule; and what came of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import ConfigError
+from geomcache.pipeline import plugins
+from geomcache.pipeline.files import holds_config_of, require_own_folder
 from geomcache.stages.train.config import TrainConfig
+from geomcache.stages.train.data import TrainingData
+from geomcache.stages.train.describe import describe
 from geomcache.stages.train.metrics import METRICS_NAME, read_metrics
 from geomcache.stages.train.run import read_result
 
@@ -39,6 +43,7 @@ def arms(config: TrainConfig, names: Sequence[str]) -> dict[str, TrainConfig]:
 
     Raises:
         ConfigError: no name, or one twice.
+        UnknownName: there is no such compressor.
     """
     if not names or len(set(names)) != len(names):
         raise ConfigError(
@@ -49,6 +54,7 @@ def arms(config: TrainConfig, names: Sequence[str]) -> dict[str, TrainConfig]:
         )
     found = {}
     for name in names:
+        plugins.config_class("compressor", name)
         same = name == config.policy.geom_compression_type
         policy = config.policy.model_copy(
             update={
@@ -60,6 +66,14 @@ def arms(config: TrainConfig, names: Sequence[str]) -> dict[str, TrainConfig]:
         update = {"out": config.out / name, "policy": policy}
         found[name] = config.model_copy(update=update | ({"mapanything_model_path": None} if name == "none" else {}))
     return found
+
+
+def require_trainable(chosen: Mapping[str, TrainConfig]) -> None:
+    """Raise what any of the arms would raise about its settings and data: before the first of them trains for days."""
+    for arm in chosen.values():
+        require_own_folder(arm.out, lambda folder: holds_config_of(folder, TrainConfig), "a training run")
+        data = TrainingData(arm)
+        describe(arm, data.recipe.spec if data.recipe else None)
 
 
 def read_arms(out: Path, names: Sequence[str]) -> Ablation:

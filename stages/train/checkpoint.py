@@ -23,7 +23,7 @@ from torch import nn
 from geomcache.cache_schemas.base import VersionedSchema
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import InputError
-from geomcache.cache_schemas.fingerprint import digest_file
+from geomcache.cache_schemas.fingerprint import digest_file, digest_json
 from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.files import sync_file, sync_folder, temporary_name, write_atomic
 from geomcache.stages.train.config import MixedPrecision
@@ -171,6 +171,11 @@ def load_policy(checkpoint: Path, card: CheckpointCard, *, averaged: bool = True
     if averaged and _AVERAGES in card.digests:
         policy.load_state_dict(read_averages(checkpoint), strict=False)
     return policy
+
+
+def weights_digest(card: CheckpointCard) -> str:
+    """Of a checkpoint's weights, the averaged ones included."""
+    return digest_json({name: card.digests[name] for name in (_WEIGHTS, _AVERAGES) if name in card.digests})
 
 
 def read_averages(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -43,7 +43,8 @@ class Metrics:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, start: int) -> None:
         self._config, self._accelerator = config, accelerator
         self._path = Path(config.out) / METRICS_NAME
-        self._start, self._started, self._waited, self._steps = start, time.perf_counter(), 0.0, 0
+        self._start, self._waited, self._steps = start, 0.0, 0
+        self._started, self._first = time.perf_counter(), 0.0
         self._file: TextIO | None = None
 
     def __enter__(self) -> "Metrics":
@@ -63,13 +64,17 @@ class Metrics:
             tracker.finish()
 
     def waited(self, seconds: float) -> None:
-        """The step just done waited so long for data."""
-        self._waited, self._steps = self._waited + seconds, self._steps + 1
+        """The step just done waited so long for data; the first of a session, which starts everything, is left out."""
+        self._steps += 1
+        if self._steps == 1:
+            self._started, self._first = time.perf_counter(), time.perf_counter() - self._started
+        else:
+            self._waited += seconds
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean over this session."""
-        return (time.perf_counter() - self._started) / max(1, self._steps)
+        """Mean over this session without its first step, once there are more."""
+        return (time.perf_counter() - self._started) / (self._steps - 1) if self._steps > 1 else self._first
 
     def training(self, step: int, loss: float, per_dim: list[float], norm: float, rates: dict[str, float]) -> None:
         """A line about one optimiser step."""

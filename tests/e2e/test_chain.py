@@ -150,6 +150,23 @@ def test_a_policy_acts_alike_in_any_company(folder: Path) -> None:
     assert np.abs(alone).max() <= 1.0
 
 
+def test_a_policy_acts_without_its_geometry(folder: Path) -> None:
+    """The encoder is not built, depth is not asked for, and what the policy says is what masked tokens give."""
+    run = folder / "train" / "oracle_pointmap"
+    blind = LivePolicy(run, "cpu", without_geometry=True)
+    assert not blind.needs_depth
+    with LiberoEnv("libero_object", 0, height=SIDE, width=SIDE, depth=False) as env:
+        blind.require_contract(env.contract)
+        env.reset(7, 0)
+        seen = env.observe()
+    found = blind.act([seen], [11])
+    with LiberoEnv("libero_object", 0, height=SIDE, width=SIDE, depth=True) as env:
+        env.reset(7, 0)
+        whole = LivePolicy(run, "cpu").act([env.observe()], [11])
+    assert found.shape == whole.shape
+    assert np.abs(found[..., :6] - whole[..., :6]).max() > 1e-5
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [

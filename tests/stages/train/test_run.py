@@ -129,6 +129,25 @@ def test_what_changes_no_number_may_change_between_stop_and_resume(config: Train
     assert run(again, nothing)[0].steps == STEPS
 
 
+def test_lora_and_gradient_checkpointing_train_and_come_back(config: TrainConfig, tmp_path: Path) -> None:
+    """Adapters move at their own rate, the rest of the language model stays; checkpointing changes no bit."""
+    backbone = {**config.policy.backbone.config, "lora": {"rank": 2, "alpha": 4}, "freeze": "vision"}
+    policy = {**config.policy.model_dump(), "backbone": {"config": backbone}}
+    config = config.model_copy(update={"policy": PolicyConfig.model_validate(policy), "steps": 3, "save_every": 1})
+    run(config, nothing)
+    first, last = (load_file(path / "policy.safetensors") for path in checkpoints_of(config.out)[-2:])
+    moved = {name for name in last if not torch.equal(first[name], last[name])}
+    assert {name for name in moved if name.startswith("backbone.")} == {name for name in last if ".lora_" in name}
+    assert {name.split(".")[0] for name in moved} == {"backbone", "compressor", "dit"}
+    line = read_metrics(config.out / "metrics.jsonl")[-1]
+    assert set(line["learning_rates"]) == {"lora", "head"}
+    rebuilt = load_policy(checkpoints_of(config.out)[-1], read_card(checkpoints_of(config.out)[-1]), averaged=False)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in rebuilt.state_dict().items())
+    again = config.model_copy(update={"out": tmp_path / "again", "gradient_checkpointing": True})
+    run(again, nothing)
+    assert _outcome(again.out) == _outcome(config.out)
+
+
 def test_bfloat16_weights_are_not_trained(config: TrainConfig) -> None:
     policy = config.policy.model_dump()
     policy["backbone"]["config"]["dtype"] = "bfloat16"
