@@ -117,20 +117,26 @@ def sync_file(path: Path) -> None:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Make ``folder`` this process's to write into, for the length of a block.
 
     The lock is on the folder itself, so no file is left and a killed process holds nothing. A file system that cannot
     lock is written without.
+
+    Args:
+        folder: made if missing.
+        patience: seconds to wait for the lock: forked children of a killed process hold it until they notice.
 
     Raises:
         InputError: another process is writing there.
     """
     make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + patience
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not _try_lock(handle, last=time.monotonic() >= deadline):
+                time.sleep(0.2)
         except BlockingIOError as problem:
             raise InputError(
                 f"another process is writing into {folder}",
@@ -144,6 +150,17 @@ def locked_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _try_lock(handle: int, *, last: bool) -> bool:
+    """Whether the lock is had; ``BlockingIOError`` when it is not and this was the last try."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if last:
+            raise
+        return False
+    return True
 
 
 def remove_leftovers(folder: Path) -> int:

@@ -80,7 +80,7 @@ OPTIONS = {
     "pack show": "PACK --row --out",
     "extract": "--pack --encoder --out --codec --pool --statistics-from --workers --on-error --ray-address --dry-run "
     "--rows --assume-tflops --unlock --config --set --json",
-    "train": "--pack --cache --out --compressor --steps --seed --config --set --json",
+    "train": "--pack --cache --out --compressor --steps --seed --processes --ablation --describe --config --set --json",
     "diagnose": "RUN --rows --out --json",
     "eval": "RUN --suite --tasks --episodes --seed --out --encoder --cameras --image-orientation --config --set --json",
     "cache ls": "FOLDER --json",

@@ -74,7 +74,8 @@ def main() -> None:
         )
         sys.exit(EXIT_MISTAKE)
     except SystemExit as ending:
-        if ending.code == INTERRUPTED:  # typer's answer to Ctrl-C
+        # typer's answer to Ctrl-C; a run that has saved (TrainingStopped) has said so itself
+        if ending.code == INTERRUPTED and type(ending) is SystemExit:
             say("stopped; what was finished stays valid, the same command continues")
         raise
 

@@ -55,7 +55,7 @@ def progress_bar(title: str, *, lines: bool = False) -> Iterator[Callable[..., N
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),  # in 80 columns there is room for the text
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

@@ -58,6 +58,8 @@ def train(
 
     if cache is not None and pack is None and not describe:
         raise typer.BadParameter("a cache goes with the pack it was made from: add --pack PACK")
+    if ablation is not None and (compressor is not None or describe):
+        raise typer.BadParameter("--ablation names the compressors itself: leave --compressor and --describe out")
     options: dict[str, Any] = {"out": out, "steps": steps, "seed": seed, "processes": processes}
     if pack is not None:
         options["data"] = [{"pack": pack, "cache": cache}]
@@ -70,8 +72,10 @@ def train(
     if describe:
         _describe(settings, cache, as_json)
     elif ablation is not None:
-        _ablation(settings, ablation.split(","), as_json)
+        _ablation(settings, [name.strip() for name in ablation.split(",")], as_json)
     else:
+        if settings.policy.compressor == "none" and (unused := [pair.cache for pair in settings.data if pair.cache]):
+            say(f"compressor none reads no geometry: {', '.join(unused)} is not used")
         result, stood = _train(settings)
         if stood:
             say("this run was finished already; nothing to do")
@@ -108,10 +112,12 @@ def _train(settings: "TrainConfig") -> "tuple[TrainResult, bool]":
 def _ablation(settings: "TrainConfig", names: list[str], as_json: bool) -> None:
     from geomcache.pipeline.files import make_folder, write_atomic
     from geomcache.stages.evaluate.pictures import curves_picture
-    from geomcache.stages.train.ablation import ABLATION_NAME, arms, read_arms
+    from geomcache.stages.train.ablation import ABLATION_NAME, arms, read_arms, require_trainable
     from geomcache.stages.train.metrics import METRICS_NAME, read_metrics
 
-    for name, arm in arms(settings, names).items():
+    chosen = arms(settings, names)
+    require_trainable(chosen)
+    for name, arm in chosen.items():
         say(f"arm {name}: " + ("finished before" if _train(arm)[1] else "trained"))
     found = read_arms(settings.out, names)
     make_folder(settings.out)

@@ -6,15 +6,14 @@ from pathlib import Path
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import ConfigError
 from geomcache.pipeline import plugins
-from geomcache.pipeline.files import holds_config_of, require_own_folder
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.data import TrainingData
 from geomcache.stages.train.describe import describe
 from geomcache.stages.train.metrics import METRICS_NAME, read_metrics
-from geomcache.stages.train.run import read_result
+from geomcache.stages.train.run import read_result, require_startable
 
 ABLATION_NAME = "ablation.json"
-_LAST_LINES = 20  # of metrics.jsonl, over which the final training loss is averaged
+_LAST_SHARE = 0.1  # of the lines about training, over which the final training loss is averaged
 
 
 class Arm(Schema):
@@ -71,8 +70,8 @@ def arms(config: TrainConfig, names: Sequence[str]) -> dict[str, TrainConfig]:
 def require_trainable(chosen: Mapping[str, TrainConfig]) -> None:
     """Raise what any of the arms would raise about its settings and data: before the first of them trains for days."""
     for arm in chosen.values():
-        require_own_folder(arm.out, lambda folder: holds_config_of(folder, TrainConfig), "a training run")
         data = TrainingData(arm)
+        require_startable(arm, data)
         describe(arm, data.recipe.spec if data.recipe else None)
 
 
@@ -85,7 +84,7 @@ def _read_arm(run: Path) -> Arm:
     result = read_result(run)
     assert result is not None, run
     lines = [line for line in read_metrics(run / METRICS_NAME) if "loss" in line]
-    last = lines[-_LAST_LINES:]
+    last = lines[-max(1, int(_LAST_SHARE * len(lines))) :]
     return Arm(
         name=run.name,
         steps=result.steps,

@@ -41,7 +41,7 @@ class TrainConfig(Schema):
     """``geomcache train``: Qwen2.5-VL + DiT action head on cached geometry tokens."""
 
     out: Path  # the run's folder
-    data: tuple[DataPair, ...]  # rows of all pairs are trained on together
+    data: tuple[DataPair, ...] = ()  # rows of all pairs are trained on together
     policy: PolicyConfig = PolicyConfig()
     normalisation: NormalisationMode = "min_max"
     gripper: GripperRule = "binarise"  # to -1 and 1, in training and when acting | leave

@@ -34,7 +34,7 @@ class TrainingData:
             raise ConfigError(
                 "there is nothing to train on",
                 expected="at least one data pair",
-                fix="--set data=[{pack: P}]",
+                fix="--pack PACK --cache CACHE, or `data` in the config",
             )
         self.packs = [PackReader(pair.pack) for pair in config.data]
         wants_tokens = config.policy.compressor != "none"
@@ -113,6 +113,11 @@ class TrainingData:
                 fix="--set validation_share=0",
             )
         return mask_N
+
+    def instructions(self) -> list[str]:
+        """Every instruction, once."""
+        firsts = ((pack, one.first_row) for pack in self.packs for one in pack.episodes)
+        return sorted({pack.instruction(row) for pack, row in firsts})
 
     def states(self) -> NDArray[np.float32]:
         """Every row's state [N, 8]."""
@@ -219,6 +224,15 @@ class TrainingData:
                         if first_cache.spec.channel_statistics is not None
                         else ""
                     ),
+                )
+        digests = [pack.info.digest for pack in self.packs]
+        for pair, digest in zip(config.data, digests, strict=True):
+            if digests.count(digest) > 1:  # its held-out episodes would be trained on through the other pair
+                raise ConfigError(
+                    f"the pack {pair.pack} is given more than once",
+                    expected="each pack in one pair",
+                    found=", ".join(str(one.pack) for one, d in zip(config.data, digests, strict=True) if d == digest),
+                    fix="remove the repeated pair from `data`",
                 )
 
 

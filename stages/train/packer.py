@@ -6,7 +6,7 @@ Non-obvious:
 - One merged image token covers ``merge * patch`` = 28 pixels squared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,11 @@ class Packer:
                 fix="pass one set of views for every instruction",
             )
         return self._pack_text(instructions, images_BVHWC.shape[1]) | self._pack_images(images_BVHWC)
+
+    def require_fitting(self, instructions: Iterable[str], views: int) -> None:
+        """``InputError`` for the first instruction that ``__call__`` would refuse, whenever its row would come."""
+        for instruction in instructions:
+            self._tokenise(instruction, views)
 
     def _pack_images(self, images_BVHWC: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
         images = [self._resize(image) for image in images_BVHWC.reshape(-1, *images_BVHWC.shape[2:])]

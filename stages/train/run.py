@@ -6,10 +6,12 @@ Also the entry point of a distributed launch: ``accelerate launch -m geomcache.s
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import Accelerator
 
 import geomcache
 from geomcache.cache_schemas.base import Schema
@@ -19,6 +21,7 @@ from geomcache.pipeline.config_errors import parse_config
 from geomcache.pipeline.files import (
     CONFIG_NAME,
     holds_config_of,
+    locked_folder,
     remove_leftovers,
     require_own_folder,
     write_atomic,
@@ -38,6 +41,7 @@ from geomcache.stages.train.validation import Validation
 
 RESULT_NAME = "result.json"
 MAP_ANYTHING = "map_anything"
+LOCK_PATIENCE = 10.0  # seconds; loader processes of a killed run notice within 5
 
 
 class TrainResult(Schema):
@@ -70,9 +74,7 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     accelerator = make_accelerator(config)
     data = TrainingData(config)
     with accelerator.main_process_first():  # the others find the folder as the first left it
-        require_own_folder(config.out, lambda folder: holds_config_of(folder, TrainConfig), "a training run")
-        _require_same_config(config)
-        _require_same_data(config, data)
+        require_startable(config, data)
         if (finished := read_result(config.out)) is not None:
             return finished, True
     trained = data.training_rows
@@ -89,13 +91,30 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
         geomcache_version=geomcache.__version__,
     )
     _require_float32(policy)
+    policy.backbone.packer.require_fitting(data.instructions(), len(data.contract.camera_names))
     maker = BatchMaker(data, policy.backbone.packer, normaliser, config, rank=accelerator.process_index)
-    if accelerator.is_main_process:  # only now: what was refused before has not claimed the folder
-        write_config(config.out, config)
-        remove_leftovers(config.out)
+    main = accelerator.is_main_process
+    # only now: what was refused before has not claimed the folder
+    with locked_folder(config.out, patience=LOCK_PATIENCE) if main else nullcontext():
+        if main:
+            write_config(config.out, config)
+            remove_leftovers(config.out)
+        result = _train_and_measure(config, data, policy, maker, card, accelerator, progress)
+    return result, False
+
+
+def _train_and_measure(
+    config: TrainConfig,
+    data: TrainingData,
+    policy: PolicyNet,
+    maker: BatchMaker,
+    card: CheckpointCard,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> TrainResult:
     trainer = Trainer(config, policy, maker, card, accelerator)
     trainer.fit(progress)
-    rows = validation.spread(trained, config.open_loop_rows)
+    rows = validation.spread(data.training_rows, config.open_loop_rows)
     with trainer.acting():
         found = validation.measure(policy, maker, rows, config, accelerator)
         held_out = validation.spread(data.validation_rows, config.validation_rows)
@@ -104,7 +123,7 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
         run=str(config.out),
         checkpoint=latest_checkpoint(config.out).name,
         steps=config.steps,
-        rows=len(trained),
+        rows=len(data.training_rows),
         parameters=sum(p.numel() for p in policy.parameters()),
         trainable_parameters=sum(p.numel() for p in policy.parameters() if p.requires_grad),
         open_loop_error=found.open_loop_error,
@@ -114,7 +133,15 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
     )
     if accelerator.is_main_process:
         write_atomic(config.out / RESULT_NAME, result.model_dump_json(indent=2))
-    return result, False
+    return result
+
+
+def require_startable(config: TrainConfig, data: TrainingData) -> None:
+    """Refuse a folder of something else, changed settings or data of the run in it, weights that made no such cache."""
+    require_own_folder(config.out, lambda folder: holds_config_of(folder, TrainConfig), "a training run")
+    _require_same_config(config)
+    _require_same_data(config, data)
+    _recipe(config, data)
 
 
 def read_result(run: Path) -> TrainResult | None:
@@ -207,6 +234,11 @@ def main(arguments: list[str]) -> None:
     except GeomcacheError as problem:
         sys.stderr.write(f"error: {problem}\n")
         sys.exit(2)
+    except RuntimeError as problem:  # gloo, when another rank has ended; NCCL waits until the launcher ends it
+        if "by peer" not in str(problem):
+            raise
+        sys.stderr.write("this rank lost its connection to another one, which has ended\n")
+        sys.exit(1)
     except TrainingStopped as ending:
         if int(os.environ.get("RANK", "0")) == 0:
             sys.stderr.write(f"{ending.text}\n")

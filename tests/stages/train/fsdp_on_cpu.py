@@ -23,7 +23,7 @@ from geomcache.stages.cli.launch import strategy_environment
 from geomcache.stages.train import run
 from geomcache.stages.train.checkpoint import checkpoints_of
 
-WRAPPED = strategy_environment("fsdp2")["FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP"].split(",")
+WRAPPED = strategy_environment("fsdp2")["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",")
 
 
 def prepare(_self: Accelerator, model: Any, optimizer: torch.optim.Optimizer) -> Any:

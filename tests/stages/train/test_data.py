@@ -100,6 +100,8 @@ def test_a_cache_of_another_pack_a_missing_one_and_an_unfinished_one_are_named(
         TrainingData(_config((pack_path, unfinished)))
     with pytest.raises(CacheStale, match="hold different tokens"):
         TrainingData(_config((pack_path, caches["oracle_pointmap"]), (pack_path, caches["depth_anything3"])))
+    with pytest.raises(ConfigError, match="given more than once"):
+        TrainingData(_config((pack_path, caches["oracle_pointmap"]), (pack_path, caches["oracle_pointmap"])))
     other_seed = extract_without_ray(pack_path, "depth_anything3", tmp_path / "seed", seed=9)
     with pytest.raises(CacheStale, match="weights"):
         TrainingData(_config((pack_path, caches["depth_anything3"]), (pack_path, other_seed)))

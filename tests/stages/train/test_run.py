@@ -2,28 +2,26 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from geomcache.cache_schemas.errors import ConfigError, InputError, SchemaTooNew, TrainingFailed
 from geomcache.cache_schemas.fingerprint import digest_file
+from geomcache.pipeline.files import locked_folder
 from geomcache.stages.train.checkpoint import checkpoints_of, latest_checkpoint, load_policy, read_card
 from geomcache.stages.train.config import DataPair, LearningRates, TrainConfig
 from geomcache.stages.train.data import BatchMaker, TrainingData
 from geomcache.stages.train.metrics import read_metrics
+from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.optim import learning_rate
 from geomcache.stages.train.policy import PolicyConfig
-from geomcache.stages.train.run import run
+from geomcache.stages.train.run import build_policy, run
 from tests.conftest import nothing
 
 STEPS = 6
@@ -156,24 +154,22 @@ def test_bfloat16_weights_are_not_trained(config: TrainConfig) -> None:
         run(changed, nothing)
 
 
-@pytest.mark.slow
-def test_two_ranks_train_on_the_two_halves_of_each_batch(config: TrainConfig, tmp_path: Path) -> None:
-    """Launched by torchrun over gloo; each step sees the rows that one process with twice the batch sees."""
-    two = config.model_copy(update={"out": tmp_path / "two", "processes": 2, "batch_size": 2, "steps": 2})
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two.model_dump(mode="json")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
-    command += ["-m", "geomcache.stages.train.run", str(tmp_path / "two.yaml")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((two.out / "result.json").read_text())["steps"] == 2
-    data = TrainingData(two)
-    policy = load_policy(latest_checkpoint(two.out), read_card(latest_checkpoint(two.out)))
-    normaliser = read_card(latest_checkpoint(two.out)).normaliser
-    halves = [BatchMaker(data, policy.backbone.packer, normaliser, two, rank=rank)[1].actions_BTA for rank in (0, 1)]
-    one = config.model_copy(update={"batch_size": 4, "steps": 2})
-    whole = BatchMaker(data, policy.backbone.packer, normaliser, one)[1].actions_BTA
-    assert torch.equal(torch.cat(halves), whole)  # type: ignore[arg-type]
+def test_ranks_train_on_the_two_halves_of_each_batch(config: TrainConfig) -> None:
+    """What two ranks see is what one process with twice the batch sees (test_launch.py runs both)."""
+    data, policy = TrainingData(config), build_policy(config, TrainingData(config))
+    normaliser = Normaliser.fit(data.states(), data.actions())
+    two = config.model_copy(update={"processes": 2, "batch_size": 2})
+    halves = [BatchMaker(data, policy.backbone.packer, normaliser, two, rank=rank)[1] for rank in (0, 1)]
+    whole = BatchMaker(data, policy.backbone.packer, normaliser, config)[1]
+    for name in ("actions_BTA", "proprio_BP", "pixel_values"):
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
+
+
+def test_two_runs_in_one_folder_are_not_let_in(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geomcache.stages.train.run.LOCK_PATIENCE", 0.3)
+    with locked_folder(config.out), pytest.raises(InputError, match="another process is writing"):
+        run(config, nothing)
+    assert run(config, nothing)[0].steps == STEPS
 
 
 def test_a_checkpoint_rebuilds_the_policy_without_the_config_or_the_data(config: TrainConfig) -> None:
