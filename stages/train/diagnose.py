@@ -186,13 +186,13 @@ def _measure_part(policy: PolicyNet, own: PolicyBatch, changed: dict[str, Policy
         with _watching(policy) as seen:
             geom = policy.compress(own, hidden_LBSC[-1], prompt_mask_BS)
             context = policy.dit.encode_context(hidden_LBSC, prompt_mask_BS, geom)
-            actions_BTA = {"own": _sample(policy, own, context, random.start_BTA)}
-        actions_BTA["other noise"] = _sample(policy, own, context, random.other_start_BTA)
+            actions_BTA = {"own": policy.denoise(own, context, random.start_BTA)}
+        actions_BTA["other noise"] = policy.denoise(own, context, random.other_start_BTA)
         loss_B = {"own": _losses(policy, own, context, random)}
         for name, batch in changed.items():
             other = policy.compress(batch, hidden_LBSC[-1], prompt_mask_BS)
             context = policy.dit.encode_context(hidden_LBSC, prompt_mask_BS, other)
-            actions_BTA[name] = _sample(policy, batch, context, random.start_BTA)
+            actions_BTA[name] = policy.denoise(batch, context, random.start_BTA)
             loss_B[name] = _losses(policy, batch, context, random)
     real_B = geom.mask_BK.sum(dim=1)
     return _Part(
@@ -206,29 +206,13 @@ def _measure_part(policy: PolicyNet, own: PolicyBatch, changed: dict[str, Policy
     )
 
 
-def _sample(policy: PolicyNet, batch: PolicyBatch, context: Context, start_BTA: torch.Tensor) -> torch.Tensor:
-    """``PolicyNet.sample`` from a context that stands."""
-    proprio_BP = batch.proprio_BP.float()
-    actions_B1TA = flow.euler(
-        lambda x_B1TA, t: policy.dit(x_B1TA, t.expand(len(batch), 1), proprio_BP, context),
-        start_BTA[:, None],
-        policy.config.num_inference_timesteps,
-    )
-    return actions_B1TA[:, 0]
-
-
 def _losses(policy: PolicyNet, batch: PolicyBatch, context: Context, random: _Random) -> torch.Tensor:
-    """``PolicyNet.loss`` from a context that stands, of each sample by itself: [B]."""
+    """The loss of each sample by itself: [B]."""
     assert batch.actions_BTA is not None
-    mask_BT = batch.action_mask_BT
-    if mask_BT is None:
-        mask_BT = torch.ones(batch.actions_BTA.shape[:2], dtype=torch.bool, device=batch.actions_BTA.device)
-    actions_B1TA = torch.where(mask_BT[..., None], batch.actions_BTA.float(), 0.0)[:, None]
-    noisy_BRTA = flow.interpolate(random.noise_BRTA, actions_B1TA, random.time_BR)
-    velocity_BRTA = policy.dit(noisy_BRTA, random.time_BR, batch.proprio_BP.float(), context)
-    error_BRTA = (velocity_BRTA - flow.velocity_target(random.noise_BRTA, actions_B1TA)).square()
-    error_BT = torch.where(mask_BT, error_BRTA.mean(dim=(1, 3)), 0.0)
-    return error_BT.sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+    error_BRTA, _ = policy.velocity_error(batch, context, random.time_BR, random.noise_BRTA)
+    horizon = batch.actions_BTA.shape[1]
+    real_B = horizon if batch.action_mask_BT is None else batch.action_mask_BT.sum(dim=1).clamp(min=1)
+    return error_BRTA.mean(dim=(1, 3)).sum(dim=1) / real_B
 
 
 @dataclass

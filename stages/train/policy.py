@@ -43,7 +43,6 @@ class PolicyConfig(Schema):
     geom_compression_type: str = "pool"  # a compressor plug-in; "none" = the QwenPI baseline
     geom_compression: dict[str, Any] = Field(default_factory=dict)  # the compressor's options
     geom_dit_tokens: int = Field(16, gt=0)  # K
-    geom_dropout: float = Field(0.0, ge=0.0, lt=1.0)  # share of training samples whose geometry is masked
     repeated_diffusion_steps: int = Field(4, gt=0)  # R, draws of (noise, time) per sample and training step
     num_inference_timesteps: int = Field(4, gt=0)  # Euler steps
     seed: int = 0  # of the compressor's and the head's random initial weights
@@ -198,36 +197,37 @@ class PolicyNet(nn.Module):
 
         Args:
             batch: with actions.
-            generator: CPU generator for what is drawn and not given: times, then noise, then (while training)
-                whose geometry is masked.
+            generator: CPU generator for whichever of the two draws is not given (times first, then noise).
             noise_BRTA: standard normal; R is taken from it when given.
             time_BR: times in [0, 1).
         """
         assert batch.actions_BTA is not None, "a batch without actions has no loss"
         B, T, A = batch.actions_BTA.shape
-        mask_BT = batch.action_mask_BT
-        if mask_BT is None:
-            mask_BT = torch.ones(B, T, dtype=torch.bool, device=batch.actions_BTA.device)
-        # the head's self-attention sees padded positions too: 0 there, whatever the loader padded with
-        actions_BTA = torch.where(mask_BT[..., None], batch.actions_BTA.float(), 0.0)
         R = self.config.repeated_diffusion_steps if noise_BRTA is None else noise_BRTA.shape[1]
         if time_BR is None:
             time_BR = flow.sample_time((B, R), _given(generator))
         if noise_BRTA is None:
             noise_BRTA = torch.randn((B, R, T, A), generator=_given(generator))
-        if self.training and self.config.geom_dropout > 0:
-            batch = mask_geometry(batch, torch.rand(B, generator=_given(generator)) < self.config.geom_dropout)
-        time_BR, noise_BRTA = time_BR.to(actions_BTA.device), noise_BRTA.to(actions_BTA.device)
-        context = self.encode_context(batch)
-        with torch.autocast(actions_BTA.device.type, enabled=False):
-            actions_B1TA = actions_BTA[:, None]
+        error_BRTA, valid = self.velocity_error(batch, self.encode_context(batch), time_BR, noise_BRTA)
+        per_dim_A = error_BRTA.sum(dim=(0, 1, 2)) / (valid * R).clamp(min=1)
+        return LossOutput(per_dim_A.mean(), per_dim_A.detach(), valid)
+
+    def velocity_error(
+        self, batch: PolicyBatch, context: Context, time_BR: torch.Tensor, noise_BRTA: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error of the velocity [B, R, T, A], 0 past episodes' ends; how many actions are real."""
+        assert batch.actions_BTA is not None
+        device, mask_BT = batch.actions_BTA.device, batch.action_mask_BT
+        if mask_BT is None:
+            mask_BT = torch.ones(batch.actions_BTA.shape[:2], dtype=torch.bool, device=device)
+        time_BR, noise_BRTA = time_BR.to(device), noise_BRTA.to(device)
+        with torch.autocast(device.type, enabled=False):
+            # the head's self-attention sees padded positions too: 0 there, whatever the loader padded with
+            actions_B1TA = torch.where(mask_BT[..., None], batch.actions_BTA.float(), 0.0)[:, None]
             noisy_BRTA = flow.interpolate(noise_BRTA, actions_B1TA, time_BR)
             velocity_BRTA = self.dit(noisy_BRTA, time_BR, batch.proprio_BP.float(), context)
             error_BRTA = (velocity_BRTA - flow.velocity_target(noise_BRTA, actions_B1TA)).square()
-            error_BRTA = torch.where(mask_BT[:, None, :, None], error_BRTA, 0.0)
-            valid = mask_BT.sum()
-            per_dim_A = error_BRTA.sum(dim=(0, 1, 2)) / (valid * R).clamp(min=1)
-        return LossOutput(per_dim_A.mean(), per_dim_A.detach(), valid)
+            return torch.where(mask_BT[:, None, :, None], error_BRTA, 0.0), mask_BT.sum()
 
     @torch.no_grad()
     def sample(
@@ -246,9 +246,11 @@ class PolicyNet(nn.Module):
         """
         if noise_BTA is None:
             noise_BTA = torch.randn((len(batch), *self.chunk_shape), generator=_given(generator))
-        device = batch.proprio_BP.device
-        context = self.encode_context(batch)
-        proprio_BP = batch.proprio_BP.float()
+        return self.denoise(batch, self.encode_context(batch), noise_BTA)
+
+    def denoise(self, batch: PolicyBatch, context: Context, noise_BTA: torch.Tensor) -> torch.Tensor:
+        """Euler steps from ``noise_BTA`` to normalised actions, float32 [B, T, A]."""
+        device, proprio_BP = batch.proprio_BP.device, batch.proprio_BP.float()
         with torch.autocast(device.type, enabled=False):
             actions_B1TA = flow.euler(
                 lambda x_B1TA, t: self.dit(x_B1TA, t.expand(len(batch), 1), proprio_BP, context),
