@@ -37,6 +37,7 @@ from geomcache.stages.train.metrics import read_metrics
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.ranks import make_accelerator
 from geomcache.stages.train.run import build_policy
+from geomcache.stages.train.token_feed import TokenFeed
 
 GRID, DIM = (16, 16), 768  # a row of two views: 768 KiB in bfloat16
 PER_SHARD = 256
@@ -95,7 +96,7 @@ class Feed:
     """In the place of a ``TokenFeed``: tokens that ``make`` gives for each batch's rows when they are asked for."""
 
     def __init__(
-        self, make: Make, data: TrainingData, batches: Iterable[Rows], batch_size: int, device: torch.device
+        self, make: Make, _data: TrainingData, batches: Iterable[Rows], _size: int, device: torch.device
     ) -> None:
         self._make, self._batches, self._device = make, iter(batches), device
 
@@ -127,7 +128,7 @@ class Run:
         self.config, self.data = config, TrainingData(config)
         self.policy = build_policy(config, self.data)
         trained = self.data.training_rows
-        self._normaliser = Normaliser.fit(
+        self.normaliser = Normaliser.fit(
             self.data.states()[trained], self.data.actions()[trained], config.normalisation, config.gripper
         )
 
@@ -140,12 +141,12 @@ class Run:
             config = config.model_copy(update={"save_every": skip + steps})
             card = CheckpointCard(
                 step=0, policy=self.policy.config, contract=self.data.contract, recipe=self.data.recipe,
-                normaliser=self._normaliser, packs=tuple(pack.info.digest for pack in self.data.packs),
+                normaliser=self.normaliser, packs=tuple(pack.info.digest for pack in self.data.packs),
                 mixed_precision=config.mixed_precision, geomcache_version="bench",
             )  # fmt: skip
-            maker = BatchMaker(self.data, self.policy.backbone.packer, self._normaliser, config)
+            maker = BatchMaker(self.data, self.policy.backbone.packer, self.normaliser, config)
             trainer = loop.Trainer(config, self.policy, maker, card, make_accelerator(config))
-            feed = loop.TokenFeed if make is CACHED else partial(Feed, make)
+            feed = TokenFeed if make is CACHED else partial(Feed, make)
             with mock.patch.object(loop, "TokenFeed", feed):
                 trainer.fit(lambda done, *_: after_step(done) if after_step else None)
             lines = read_metrics(config.out / "metrics.jsonl")

@@ -158,7 +158,7 @@ def test_each_row_weighs_the_same_and_padded_actions_nothing(make_policy: Make, 
 
 def test_nothing_of_the_policy_changes(make_policy: Make, make_batch: Make) -> None:
     """Also in the middle of training: dropout, geometry dropout, gradients that stand, parts in another mode."""
-    policy = make_policy("gated", dit={"dropout": 0.5}, geom_dropout=0.5)
+    policy = make_policy("gated", dit={"dropout": 0.5})
     batch = make_batch(policy, 3)
     expected = measured(policy.eval(), batch)
     policy.train()
