@@ -59,6 +59,7 @@ bench: install
 	$(BIN)/python benchmarks/frames.py --json runs/benchmarks/frames.json
 	$(BIN)/python benchmarks/cache.py --json runs/benchmarks/cache.json
 	$(BIN)/python benchmarks/extract.py --smallest --json runs/benchmarks/extract.json
+	$(BIN)/python benchmarks/train.py --smallest --json runs/benchmarks/train.json
 
 # On a machine with a GPU: CUDA against CPU, precision, the full-size step, reuse of keys and values.
 gpu-check: install

@@ -127,7 +127,7 @@ class VersionedSchema(Schema):
     def parse_versioned(cls, text: bytes, path: str, error: type[GeomcacheError]) -> Self:
         """``read`` of bytes that came from somewhere else than a local file."""
         newest = cls.model_fields["schema_version"].default
-        version = _OnlyVersion.parse(text, path, error).schema_version
+        version = Record.parse(text, path, error).schema_version
         if version > newest:
             raise SchemaTooNew(
                 f"{path} was written by a newer geomcache",
@@ -140,7 +140,7 @@ class VersionedSchema(Schema):
         return cls.parse(text, path, error)
 
 
-class _OnlyVersion(Schema):
+class Record(Schema):
     """Just the version of a JSON file; its other fields are not looked at."""
 
     model_config = ConfigDict(extra="ignore")

@@ -1,5 +1,7 @@
 """Every error a user can meet: what was expected, what was found, and the command that fixes it."""
 
+from typing import Any
+
 
 class GeomcacheError(ValueError):
     """A mistake in the user's input or data; the command line shows it without a traceback, exit code 2.
@@ -18,6 +20,13 @@ class GeomcacheError(ValueError):
         lines += [f"  found:    {found}"] if found else []
         lines += [f"  fix:      {fix}"] if fix else []
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # pickled by a loader process with its message whole
+        return _rebuilt, (type(self), self.what, self.expected, self.found, self.fix)
+
+
+def _rebuilt(cls: type[GeomcacheError], what: str, expected: str, found: str, fix: str) -> GeomcacheError:
+    return cls(what, expected=expected, found=found, fix=fix)
 
 
 class InputError(GeomcacheError):

@@ -56,6 +56,8 @@ def _explain(cls: type[BaseModel], error: dict[str, Any]) -> tuple[str, str, str
     if error["type"] == "missing":
         return f"{key!r} is missing", "a value", "nothing", f"set `{key}`"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if not loc:  # a rule about several settings, which says what to do
+        return "the settings do not fit each other", message, "", ""
     return f"{key!r} has a wrong value", message, _short(error["input"]), f"change `{key}`"
 
 

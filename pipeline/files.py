@@ -21,6 +21,27 @@ from geomcache.cache_schemas.errors import InputError
 CONFIG_NAME = "config.yaml"
 TEMPORARY_SUFFIX = ".partial"
 _ABANDONED_AFTER_SECONDS = 3600.0
+_STORAGE_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EMFILE: "too many open files for this process (raise `ulimit -n`)",
+    errno.EIO: "the disk reports an error",
+    errno.EFBIG: "a file became larger than the file system or the process limit allows",
+}
+
+
+def storage_fault(problem: OSError) -> str | None:
+    """What to tell a user whose disk, quota or permissions caused ``problem``; None when it is something else."""
+    fault = _STORAGE_FAULTS.get(problem.errno or 0)
+    advice = "what was written before stays valid; make room or choose another folder, then run the same command again"
+    return None if fault is None else f"{fault}: {problem.filename or problem}\n  {advice}"
 
 
 def temporary_name(path: Path) -> Path:

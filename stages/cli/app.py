@@ -1,6 +1,5 @@
 """The ``geomcache`` command. Importing this file must stay cheap: heavy imports live inside the commands."""
 
-import errno
 import sys
 
 import typer
@@ -30,20 +29,6 @@ app.command("report")(report.report)
 app.command("quickstart")(quickstart.quickstart)
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
-_STORAGE_FAULTS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "not permitted",
-    errno.ENOTDIR: "a file stands where a folder is needed",
-    errno.EEXIST: "a file stands where a folder is needed",
-    errno.ENOENT: "there is no such file or folder",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.EMFILE: "too many open files for this process (raise `ulimit -n`)",
-    errno.EIO: "the disk reports an error",
-    errno.EFBIG: "a file became larger than the file system or the process limit allows",
-}
 
 
 @app.callback(invoke_without_command=True)
@@ -66,12 +51,12 @@ def main() -> None:
         say(f"error: {problem}")
         sys.exit(EXIT_MISTAKE)
     except OSError as problem:
-        if problem.errno not in _STORAGE_FAULTS:
+        from geomcache.pipeline.files import storage_fault
+
+        text = storage_fault(problem)
+        if text is None:
             raise
-        say(f"error: {_STORAGE_FAULTS[problem.errno]}: {problem.filename or problem}")
-        say(
-            "  what was written before stays valid; make room or choose another folder, then run the same command again"
-        )
+        say(f"error: {text}")
         sys.exit(EXIT_MISTAKE)
     except SystemExit as ending:
         # typer's answer to Ctrl-C; a run that has saved (TrainingStopped) has said so itself

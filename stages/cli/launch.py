@@ -23,8 +23,11 @@ import yaml
 from geomcache.stages.cli.common import EXIT_MISTAKE, say
 
 # A rank that is still importing when Ctrl-C comes ends without a traceback; training has handlers of its own.
+# One whose launcher is killed is asked to save and end by the kernel (PR_SET_PDEATHSIG = 1).
 _RANK = (
-    "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "import ctypes, os, runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.getppid() == int(os.environ['GEOMCACHE_LAUNCHER']) or sys.exit(143); "
     "runpy.run_module('geomcache.stages.train.run', run_name='__main__', alter_sys=True)"
 )
 KILLED = 128 + signal.SIGKILL
@@ -62,6 +65,7 @@ def run_ranks(config_file: Path, processes: int, strategy: str, *, cpu: bool) ->
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
+        "GEOMCACHE_LAUNCHER": str(os.getpid()),
         "MASTER_PORT": str(_free_port()),
     }
     if cpu:

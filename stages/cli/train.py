@@ -79,6 +79,8 @@ def train(
         result, stood = _train(settings)
         if stood:
             say("this run was finished already; nothing to do")
+        if settings.validation_share and result.validation is None:
+            say(f"validated on no episode: validation_share {settings.validation_share:g} of them is less than one")
         extra: dict[str, Any] = {"open_loop_ratio": result.open_loop_ratio}
         show(result, as_json, extra) if as_json else show_values(_flat(result) | extra, as_json)
 
@@ -88,9 +90,11 @@ def _train(settings: "TrainConfig") -> "tuple[TrainResult, bool]":
 
     from geomcache.pipeline.devices import resolve_device
     from geomcache.stages.cli.launch import needs_ranks, run_ranks
-    from geomcache.stages.train.run import read_result, run
+    from geomcache.stages.train.data import TrainingData
+    from geomcache.stages.train.run import read_result, require_startable, run
     from geomcache.stages.train.stopping import TrainingStopped
 
+    require_startable(settings, TrainingData(settings))  # before anything slow is begun
     if not needs_ranks(settings.processes, settings.strategy):
         try:
             with progress_bar(f"training {settings.out.name}") as progress:

@@ -106,7 +106,8 @@ def _evaluation_of(folder: Path, run: Path) -> tuple[Path, EvalResults] | None:
     for path in (run / "eval", folder / "eval" / run.name):
         if (path / RESULTS_NAME).exists():
             results = read_results(path)
-            if results.checkpoint_weights == weights_digest(read_card(latest_checkpoint(run))):
+            plain = results.config.averaged and not results.config.without_geometry
+            if plain and results.checkpoint_weights == weights_digest(read_card(latest_checkpoint(run))):
                 return path, results
     return None
 

@@ -32,7 +32,7 @@ from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.policy import PolicyConfig, PolicyNet
 from geomcache.stages.train.sharding import is_sharded, load_optimizer_state, optimizer_state, whole
 
-_CARD, _WEIGHTS, _AVERAGES, _BACKBONE = "card.json", "policy.safetensors", "ema.safetensors", "backbone"
+_CARD, _WEIGHTS, _AVERAGES, BACKBONE_NAME = "card.json", "policy.safetensors", "ema.safetensors", "backbone"
 
 
 class CheckpointCard(VersionedSchema):
@@ -101,24 +101,25 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     temporary = Path(broadcast_object_list([str(temporary)])[0])
     try:
-        with _named_errors(final):
-            _save_tensors(dict(policy.state_dict()), temporary / _WEIGHTS, main)
-            if ema is not None:
-                _save_tensors(ema.as_tensors(), temporary / _AVERAGES, main)
-            sharded = is_sharded(policy, optimizer)
-            if main or sharded:
-                path = temporary / _optimizer_name(accelerator.process_index if sharded else None)
-                torch.save(optimizer_state(optimizer), path)
+        _save_tensors(dict(policy.state_dict()), temporary / _WEIGHTS, final, main)
+        if ema is not None:
+            _save_tensors(ema.as_tensors(), temporary / _AVERAGES, final, main)
+        sharded = is_sharded(policy, optimizer)
+        if main or sharded:
+            state = optimizer_state(optimizer)
+            path = temporary / _optimizer_name(accelerator.process_index if sharded else None)
+            with _named_errors(final):
+                torch.save(state, path)
         accelerator.wait_for_everyone()
         if main:
-            policy.save_backbone(temporary / _BACKBONE)
-            names = sorted(path.name for path in temporary.iterdir() if path.is_file())
+            policy.save_backbone(temporary / BACKBONE_NAME)
+            names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
             for name in names:
                 sync_file(temporary / name)
             digests = {name: digest_file(temporary / name) for name in names}
             write_atomic(temporary / _CARD, card.model_copy(update={"digests": digests}).model_dump_json(indent=2))
             if final.exists():
-                shutil.rmtree(final)
+                _remove(final)
             temporary.rename(final)
     finally:
         if main:
@@ -127,9 +128,16 @@ def save_checkpoint(
         sync_folder(final.parent)
         for old in checkpoints_of(run)[:-keep_last]:
             if keep_every is None or step_of(old) % keep_every:
-                shutil.rmtree(old)
+                _remove(old)
     accelerator.wait_for_everyone()
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under a temporary name first: a kill in between leaves nothing that looks like a checkpoint."""
+    doomed = temporary_name(checkpoint)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -150,14 +158,15 @@ def _named_errors(final: Path) -> Iterator[None]:
         ) from problem
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, main: bool) -> None:
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, final: Path, main: bool) -> None:
     state = {}
     for name, tensor in tensors.items():
         value = whole(tensor.detach())  # every rank takes part
         if main:
             state[name] = value.cpu().contiguous()
     if main:
-        save_file(state, path)
+        with _named_errors(final):
+            save_file(state, path)
 
 
 def _optimizer_name(rank: int | None) -> str:
@@ -166,7 +175,11 @@ def _optimizer_name(rank: int | None) -> str:
 
 def load_policy(checkpoint: Path, card: CheckpointCard, *, averaged: bool = True) -> PolicyNet:
     """The policy with the checkpoint's weights, strictly loaded: the averaged ones where there are any."""
-    policy = PolicyNet(card.policy, card.recipe.spec if card.recipe else None, backbone_folder=checkpoint / _BACKBONE)
+    for path in sorted((checkpoint / BACKBONE_NAME).iterdir()):
+        _require_whole(checkpoint, str(path.relative_to(checkpoint)))
+    policy = PolicyNet(
+        card.policy, card.recipe.spec if card.recipe else None, backbone_folder=checkpoint / BACKBONE_NAME
+    )
     load_weights(policy, checkpoint)
     if averaged and _AVERAGES in card.digests:
         policy.load_state_dict(read_averages(checkpoint), strict=False)

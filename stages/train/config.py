@@ -18,13 +18,19 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _as_text(location: object) -> object:
-    return str(location) if isinstance(location, Path) else location
+    """Absolute unless it is a URL, so that a run can be continued and diagnosed from anywhere."""
+    text = str(location) if isinstance(location, Path) else location
+    return str(Path(text).absolute()) if isinstance(text, str) and "://" not in text else text
+
+
+def _absolute(location: object) -> object:
+    return Path(location).absolute() if isinstance(location, str | Path) else location
 
 
 class DataPair(Schema):
     """One pack and the token cache made from it."""
 
-    pack: Path
+    pack: Annotated[Path, BeforeValidator(_absolute)]
     # Folder, or URL such as s3://bucket/cache; None only for geom_compression_type "none".
     cache: Annotated[str | None, BeforeValidator(_as_text)] = None
 
@@ -45,7 +51,7 @@ class TrainConfig(Schema):
     policy: PolicyConfig = PolicyConfig()
     normalisation: NormalisationMode = "min_max"
     gripper: GripperRule = "binarise"  # to -1 and 1, in training and when acting | leave
-    mapanything_model_path: str | None = None  # the weights that must have made the cache (of any encoder); checked
+    mapanything_model_path: str | None = None  # where eval finds MapAnything's weights; None: where extract did
     seed: int = Field(default=0, ge=0)
 
     steps: int = Field(default=100_000, ge=1)  # optimiser steps
@@ -80,6 +86,12 @@ class TrainConfig(Schema):
     log_every: int = Field(default=10, ge=1)
     trackers: tuple[Tracker, ...] = ("tensorboard",)  # beside metrics.jsonl, which is always written
     open_loop_rows: int = Field(default=128, ge=1)  # training rows on which the finished policy is measured
+
+    @model_validator(mode="after")
+    def _intervals_fit(self) -> Self:
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise ValueError(f"keep_every {self.keep_every} must be a multiple of save_every {self.save_every}")
+        return self
 
     @model_validator(mode="after")
     def _whole_weights_for_a_diagnosis(self) -> Self:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.errors import CacheStale, ConfigError
+from geomcache.cache_schemas.errors import CacheStale, ConfigError, GeomcacheError
 from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.cache_schemas.token_spec import ChannelStatistics
 from geomcache.pipeline.interfaces import TokenCodec
@@ -269,11 +269,16 @@ class BatchMaker:
     def loss_weight(self, micro_step: int) -> float:
         """Of this part's loss, so that the mean over ranks and parts is the mean over the step's real actions."""
         parts = self._config.gradient_accumulation_steps * self._config.processes
-        whole = self.data.count_actions(self.rows(micro_step // self._config.gradient_accumulation_steps))
-        return self.data.count_actions(self.micro_rows(micro_step)) * parts / whole
+        rows, start = self.rows(micro_step // self._config.gradient_accumulation_steps), self.first_sample(micro_step)
+        whole = self.data.count_actions(rows)
+        return self.data.count_actions(rows[start : start + self.batch_size]) * parts / whole
 
-    def __getitem__(self, micro_step: int) -> PolicyBatch:
-        return self.batch(self.micro_rows(micro_step), with_tokens=False)
+    def __getitem__(self, micro_step: int) -> PolicyBatch | GeomcacheError:
+        """For a loader process; a named error is handed over, since raised there it comes wrapped in a traceback."""
+        try:
+            return self.batch(self.micro_rows(micro_step), with_tokens=False)
+        except GeomcacheError as problem:
+            return problem
 
     def batch(self, rows: NDArray[np.int64], *, with_tokens: bool = True) -> PolicyBatch:
         """One batch of the given rows, with actions; in the loop its tokens come from a ``TokenFeed``."""

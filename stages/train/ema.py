@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from geomcache.cache_schemas.errors import InputError
 from geomcache.stages.train.sharding import like, local, part_like
@@ -25,6 +26,7 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._decay = decay
+        self._gathered = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.averages = {name: local(p).detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
@@ -67,6 +69,8 @@ class Ema:
             self._swap()
 
     def _swap(self) -> None:
+        for module in self._gathered:
+            module.reshard()  # what a forward pass has gathered, and FSDP2 keeps of its root, would outlive the swap
         for name, parameter in self._parameters.items():
             mine, average = local(parameter).detach(), self.averages[name]
             kept = mine.clone()

@@ -22,5 +22,5 @@ def held_out_episodes(tasks: Sequence[str], share: float) -> NDArray[np.int64]:
     for task in np.unique(names):
         members = shuffled[names[shuffled] == task]
         ranks[members] = (np.arange(len(members)) + random.random()) / len(members)
-    count = int(len(names) * share)
+    count = int(len(names) * share + 1e-9)  # 0.29 * 100 is a little less than 29
     return np.sort(np.argsort(ranks, kind="stable")[:count])

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 
-from geomcache.cache_schemas.errors import TrainingFailed
+from geomcache.cache_schemas.errors import GeomcacheError, TrainingFailed
 from geomcache.pipeline.files import write_atomic
 from geomcache.stages.train import validation
 from geomcache.stages.train.batch import PolicyBatch
@@ -35,7 +35,7 @@ from geomcache.stages.train.metrics import Metrics
 from geomcache.stages.train.optim import make_optimizer, set_learning_rates
 from geomcache.stages.train.policy import PolicyNet, mask_geometry
 from geomcache.stages.train.sharding import whole
-from geomcache.stages.train.stopping import StopSignals, TrainingStopped
+from geomcache.stages.train.stopping import StopSignals, TrainingStopped, ignore_signals
 from geomcache.stages.train.token_feed import TokenFeed
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, text)
@@ -93,21 +93,23 @@ class Trainer:
         if start >= config.steps:
             return
         micro_steps = range(start * parts, config.steps * parts)
-        loader: DataLoader[PolicyBatch] = DataLoader(
+        loader: DataLoader[PolicyBatch | GeomcacheError] = DataLoader(
             self._maker,  # type: ignore[arg-type]  # a map-style data set by protocol
             sampler=micro_steps,
             batch_size=None,
             num_workers=config.data_workers,
             persistent_workers=config.data_workers > 0,
+            worker_init_fn=ignore_signals,
         )
-        batches = iter(loader)  # forks its workers: before any thread of ours is started
+        # forks its workers: before any thread of ours is started
+        batches: Iterator[PolicyBatch | GeomcacheError] = iter(loader)
         self._model.train()
         with (
             StopSignals() as signals,
             Metrics(config, self._accelerator, start) as metrics,
             _tokens(self._maker, micro_steps, self._accelerator.device) as tokens,
         ):
-            joined = (replace(batch, tokens_BVGD=next(tokens)) for batch in batches)
+            joined = map(_with_tokens, batches, tokens)
             for step in range(start, config.steps):
                 loss = self._step(step, joined, metrics)
                 done = step + 1
@@ -149,6 +151,7 @@ class Trainer:
                 self._optimizer.zero_grad()
             loss = loss + output.loss.detach() * weight / parts
             per_dim = per_dim.to(loss.device) + output.per_dim_A * weight / parts
+            del batch, output  # freeing them is no waiting for the next
         if self._ema is not None:
             self._ema.update(step + 1)
         metrics.waited(waited)
@@ -200,6 +203,13 @@ class Trainer:
             fix="look at the demonstrations of these rows, or lower learning_rate; "
             "the same command continues from the last checkpoint",
         )
+
+
+def _with_tokens(batch: PolicyBatch | GeomcacheError, tokens: torch.Tensor | None) -> PolicyBatch:
+    """The whole batch; raises what a loader process has met."""
+    if isinstance(batch, GeomcacheError):
+        raise batch
+    return replace(batch, tokens_BVGD=tokens)
 
 
 @contextmanager

@@ -10,11 +10,17 @@ Non-obvious:
 
 import importlib.util
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from geomcache.cache_schemas.errors import ConfigError, InputError, MissingDependency
 from geomcache.pipeline.devices import resolve_device
@@ -61,11 +67,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=list(config.trackers) or None,
+        # while rank 0 writes a large checkpoint the others wait
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         project_config=ProjectConfiguration(
             project_dir=str(config.out), logging_dir=str(config.out / "tensorboard"), automatic_checkpoint_naming=False
         ),
         **options,
     )
+    # the launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over the argument
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     _require_launch(config, accelerator)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:

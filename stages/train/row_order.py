@@ -7,7 +7,7 @@ spinning disks, which read a few shards at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -33,7 +33,7 @@ class Rows:
     starts: tuple[int, ...]  # from ``shard_starts``
     held_out_N: NDArray[np.bool_]  # rows that are never trained on
 
-    @property
+    @cached_property
     def trained(self) -> int:
         """How many rows an epoch has."""
         return int(len(self.held_out_N) - np.count_nonzero(self.held_out_N))

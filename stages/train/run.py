@@ -24,11 +24,18 @@ from geomcache.pipeline.files import (
     locked_folder,
     remove_leftovers,
     require_own_folder,
+    storage_fault,
     write_atomic,
     write_config,
 )
 from geomcache.stages.train import validation
-from geomcache.stages.train.checkpoint import CheckpointCard, checkpoints_of, latest_checkpoint, read_card
+from geomcache.stages.train.checkpoint import (
+    BACKBONE_NAME,
+    CheckpointCard,
+    checkpoints_of,
+    latest_checkpoint,
+    read_card,
+)
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.data import BatchMaker, TrainingData
 from geomcache.stages.train.loop import Progress, Trainer
@@ -79,7 +86,7 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
             return finished, True
     trained = data.training_rows
     normaliser = Normaliser.fit(data.states()[trained], data.actions()[trained], config.normalisation, config.gripper)
-    policy = build_policy(config, data)
+    policy = build_policy(config, data, _standing_backbone(config))
     card = CheckpointCard(
         step=0,
         policy=policy.config,
@@ -150,14 +157,26 @@ def read_result(run: Path) -> TrainResult | None:
     return TrainResult.parse(path.read_bytes(), str(path), InputError) if path.exists() else None
 
 
-def build_policy(config: TrainConfig, data: TrainingData) -> PolicyNet:
-    """The policy with its initial weights, standardising tokens by the data's statistics."""
+def build_policy(config: TrainConfig, data: TrainingData, backbone_folder: Path | None = None) -> PolicyNet:
+    """The policy with its initial weights, standardising tokens by the data's statistics.
+
+    Args:
+        config: of the run.
+        data: its rows.
+        backbone_folder: of a checkpoint whose weights will be loaded; ``base_vlm`` is not asked for then.
+    """
     statistics = data.token_statistics()
     return PolicyNet(
         config.policy,
         data.recipe.spec if data.recipe else None,
         *((torch.tensor(values) for values in (statistics.mean, statistics.std)) if statistics else ()),
+        backbone_folder=backbone_folder,
     )
+
+
+def _standing_backbone(config: TrainConfig) -> Path | None:
+    found = checkpoints_of(config.out)
+    return found[-1] / BACKBONE_NAME if found else None
 
 
 def _recipe(config: TrainConfig, data: TrainingData) -> TokenRecipe | None:
@@ -177,7 +196,7 @@ def _recipe(config: TrainConfig, data: TrainingData) -> TokenRecipe | None:
 
 
 def _require_same_config(config: TrainConfig) -> None:
-    if not checkpoints_of(config.out):
+    if not checkpoints_of(config.out) and not (config.out / RESULT_NAME).exists():
         return  # nothing would be lost
     standing = read_config(config.out)
     if differences := standing.identity().describe_difference(config.identity()):
@@ -227,12 +246,17 @@ def _require_same_data(config: TrainConfig, data: TrainingData) -> None:
 
 def main(arguments: list[str]) -> None:
     """Entry point of every rank of ``accelerate launch`` and torchrun: one resolved YAML."""
-    (file,) = arguments
     try:
-        config = parse_config(TrainConfig, yaml.safe_load(Path(file).read_text()), file)
+        config = _read_resolved(arguments)
         run(config, _line_now_and_then() if int(os.environ.get("RANK", "0")) == 0 else lambda *_: None)
     except GeomcacheError as problem:
         sys.stderr.write(f"error: {problem}\n")
+        sys.exit(2)
+    except OSError as problem:
+        text = storage_fault(problem)
+        if text is None:
+            raise
+        sys.stderr.write(f"error: {text}\n")
         sys.exit(2)
     except RuntimeError as problem:  # gloo, when another rank has ended; NCCL waits until the launcher ends it
         if "by peer" not in str(problem):
@@ -246,6 +270,17 @@ def main(arguments: list[str]) -> None:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _read_resolved(arguments: list[str]) -> TrainConfig:
+    usage = "python -m geomcache.stages.train.run RUN.yaml, such as the config.yaml of a run"
+    if len(arguments) != 1:
+        raise ConfigError("one file of settings is expected", found=" ".join(arguments) or "nothing", fix=usage)
+    try:
+        values = yaml.safe_load(Path(arguments[0]).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise ConfigError(f"{arguments[0]} cannot be read", found=str(problem).splitlines()[0], fix=usage) from problem
+    return parse_config(TrainConfig, values, arguments[0])
 
 
 def _line_now_and_then(seconds: float = 20.0) -> Progress:

@@ -32,6 +32,12 @@ class TrainingStopped(SystemExit):
         return TrainingStopped, (self.number, self.step)
 
 
+def ignore_signals(_worker: int) -> None:
+    """In loader processes: schedulers signal every process of a job, and a loader that dies takes the run along."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """Notes the first signal while inside; handlers are as before afterwards. Does nothing outside the main thread."""
 

@@ -208,10 +208,20 @@ def _read_config(config: Config, folder: Path | None, *, local_only: bool = Fals
     try:
         fields = Qwen2_5_VLConfig.get_config_dict(source, local_files_only=local_only)[0]
         model_type = fields.get("model_type", "none")
-        found: Any = Qwen2_5_VLConfig.from_dict(fields) if model_type == Qwen2_5_VLConfig.model_type else None
+        quantised = "quantization_config" in fields
+        found: Any = None
+        if model_type == Qwen2_5_VLConfig.model_type and not quantised:
+            found = Qwen2_5_VLConfig.from_dict(_own_attention(fields))
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as problem:
         # no such file, no JSON; sizes that contradict each other, of the wrong type; JSON that is no object
         raise _unreadable(source, problem) from problem
+    if quantised:
+        raise InputError(
+            f"base_vlm {source!r} is quantised",
+            expected="the weights in full precision, such as Qwen/Qwen2.5-VL-3B-Instruct",
+            found="quantization_config in its config.json",
+            fix="set base_vlm to the model that it was quantised from",
+        )
     if found is None:
         raise InputError(
             f"base_vlm {source!r} is another kind of model",
@@ -227,6 +237,13 @@ def _read_config(config: Config, folder: Path | None, *, local_only: bool = Fals
             fix="download the model's config.json again",
         )
     return found
+
+
+def _own_attention(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what picks an implementation: torch's own attention is used; a foreign file could name code to fetch."""
+    kept = {name: value for name, value in fields.items() if "attn_implementation" not in name}
+    kept = {name: value for name, value in kept.items() if name != "experts_implementation"}
+    return {name: _own_attention(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _known_architecture(config: Config) -> Any:

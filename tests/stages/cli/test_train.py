@@ -179,7 +179,8 @@ def test_a_cache_that_no_arm_reads_is_said(train: Command, caches: dict[str, Pat
 def test_a_finished_run_a_changed_one_and_a_newer_one(train: Command, tmp_path: Path) -> None:
     first = train("--json")
     result = json.loads(first.out)
-    assert (first.code, first.err, result["steps"]) == (0, "", 6)
+    assert (first.code, result["steps"]) == (0, 6)
+    assert first.err.splitlines() == ["validated on no episode: validation_share 0.05 of them is less than one"]
     again = train("--json")
     assert json.loads(again.out) == result
     assert "finished already" in again.err

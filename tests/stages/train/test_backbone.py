@@ -166,10 +166,21 @@ def cut(path: Path, size: int = 1000) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
+def test_a_foreign_config_does_not_choose_the_code_that_runs(
+    published: Path, make_backbone: Callable[..., Backbone]
+) -> None:
+    """transformers would fetch a kernel of that name from the hub."""
+    edit_config(published, attn_implementation="some-org/some-kernel", _attn_implementation="flash_attention_2")
+    edit_text_config(published, attn_implementation="some-org/some-kernel")
+    vlm = make_backbone((2, 3), base_vlm=str(published)).vlm
+    assert vlm.language_model.config._attn_implementation == vlm.visual.config._attn_implementation == "sdpa"
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"cannot be read[^$]*no config\.json"),
     "config cut": (lambda f: cut(f / "config.json", 40), "not a valid JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[1]"), "cannot be read"),
+    "quantised": (lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), "is quantised"),
     "another model": (lambda f: edit_config(f, model_type="llama"), r"another kind of model[^$]*'llama'"),
     "size not a number": (lambda f: edit_text_config(f, hidden_size="wide"), r"cannot be read[^$]*hidden_size"),
     "heads do not divide": (lambda f: edit_text_config(f, num_attention_heads=7), r"cannot be read[^$]*divisible"),

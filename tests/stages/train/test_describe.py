@@ -62,7 +62,7 @@ def test_it_counts_what_is_really_built(
 def test_bytes_and_rates_by_hand(make_policy: MakePolicy, spec: TokenSpec) -> None:
     """Float32: weights 4 bytes; gradient, two moments and average 4 bytes each of what is trained."""
     policy = make_policy("pool", backbone={"freeze": "all", "dtype": "bfloat16"}).config
-    rates = {"learning_rate": {"vlm": 1e-5, "head": 3e-4}}
+    rates = {"learning_rate": {"vlm": 1e-5, "lora": 2e-4, "head": 3e-4}}
     found = table(describe(config_of(policy, **rates), spec))
     count = 5 * 64 + 64
     assert found["compressor"] == ("compressor", count, count, 3e-4, "float32", 4 * count, 16 * count)
@@ -77,7 +77,7 @@ def test_bytes_and_rates_by_hand(make_policy: MakePolicy, spec: TokenSpec) -> No
     lora = table(describe(config_of(adapted, **rates), spec))["backbone.vlm.language_model.layers (LoRA)"]
     widths = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 64), (64, 64), (64, 64)]  # q k v o gate up down: in, out
     assert lora.parameters == lora.trainable == 3 * sum(4 * (inputs + outputs) for inputs, outputs in widths)
-    assert (lora.learning_rate, lora.dtype) == (1e-5, "float32")
+    assert (lora.learning_rate, lora.dtype) == (2e-4, "float32")
 
 
 @pytest.mark.parametrize(("model", "published"), [("3B", 3_754_622_976), ("7B", 8_292_166_656)])

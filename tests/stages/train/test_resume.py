@@ -87,7 +87,7 @@ class Command:
         command = [sys.executable, "-m", "geomcache.stages.cli.app", "train", "--config", str(file)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def text(self) -> str:
         return self._log.read_text()
@@ -127,11 +127,19 @@ def test_stopped_at_every_step_by_a_signal(config: TrainConfig, tmp_path: Path) 
     assert _outcome(other.out) == _outcome(config.out)
 
 
+def _wait_until_gone(pids: list[int]) -> None:
+    """Nothing is left of a command whose first process was killed."""
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 2)])
 def test_killed_and_signalled_processes(config: TrainConfig, tmp_path: Path, ranks: int, workers: int) -> None:
-    """kill -9 of every rank between checkpoints, then SIGTERM to the launcher, then to the end; equal to a run
-    without loader processes that nothing happened to."""
+    """kill -9 between checkpoints (of the launcher where there is one: its ranks save and end), then SIGTERM, then to
+    the end; equal to a run without loader processes that nothing happened to."""
     accumulation = config.gradient_accumulation_steps // ranks
     config = config.model_copy(
         update={"processes": ranks, "gradient_accumulation_steps": accumulation, "steps": 40, "save_every": 3}
@@ -140,14 +148,18 @@ def test_killed_and_signalled_processes(config: TrainConfig, tmp_path: Path, ran
     other = config.model_copy(update={"out": tmp_path / "cut", "data_workers": workers})
     cut = Command(other, tmp_path, "cut")
     cut.wait_for(other.out / "checkpoints" / "step_00000003")
-    for pid in cut.children() if ranks > 1 else [cut.process.pid]:
-        os.kill(pid, signal.SIGKILL)
+    left = cut.children()
+    os.kill(cut.process.pid, signal.SIGKILL)
     assert cut.ends_with() != 0
+    _wait_until_gone(left)
     assert not (other.out / "result.json").exists()
-    following = other.out / "checkpoints" / f"step_{step_of(checkpoints_of(other.out)[-1]) + 3:08d}"
+    following = other.out / "checkpoints" / f"step_{step_of(checkpoints_of(other.out)[-1]) // 3 * 3 + 3:08d}"
     cut = Command(other, tmp_path, "again")
     cut.wait_for(following)
-    cut.process.send_signal(signal.SIGTERM)
+    if ranks == 1:
+        os.killpg(cut.process.pid, signal.SIGTERM)  # schedulers signal every process of a job, loaders too
+    else:
+        os.kill(cut.children()[1], signal.SIGTERM)  # one rank alone has got it: all stop together
     assert cut.ends_with() == 143, cut.text()
     assert TEXT_OF_A_SIGNAL in cut.text()
     assert checkpoints_of(other.out)[-1] >= following

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from geomcache.stages.train.metrics import read_metrics
 from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.optim import learning_rate
 from geomcache.stages.train.policy import PolicyConfig
-from geomcache.stages.train.run import build_policy, run
+from geomcache.stages.train.run import build_policy, main, run
 from tests.conftest import nothing
 
 STEPS = 6
@@ -163,6 +164,44 @@ def test_ranks_train_on_the_two_halves_of_each_batch(config: TrainConfig) -> Non
     whole = BatchMaker(data, policy.backbone.packer, normaliser, config)[1]
     for name in ("actions_BTA", "proprio_BP", "pixel_values"):
         assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
+
+
+def test_statistics_are_those_of_the_rows_that_are_trained_on(config: TrainConfig) -> None:
+    config = config.model_copy(update={"validation_share": 0.34, "steps": 1})
+    run(config, nothing)
+    data = TrainingData(config)
+    trained, found = data.training_rows, read_card(latest_checkpoint(config.out)).normaliser
+    assert 0 < len(trained) < len(data)
+    assert found == Normaliser.fit(data.states()[trained], data.actions()[trained])
+    assert found != Normaliser.fit(data.states(), data.actions())
+
+
+def test_a_result_without_its_checkpoints_answers_for_its_own_settings_only(config: TrainConfig) -> None:
+    run(config, nothing)
+    shutil.rmtree(config.out / "checkpoints")
+    assert run(config, nothing)[1]
+    with pytest.raises(InputError, match="seed: 0 != 5"):
+        run(config.model_copy(update={"seed": 5}), nothing)
+
+
+def test_the_launchers_environment_does_not_change_the_accumulation(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config.model_copy(update={"gradient_accumulation_steps": 2, "steps": 2})
+    run(config, nothing)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    other = config.model_copy(update={"out": tmp_path / "other"})
+    run(other, nothing)
+    assert _outcome(other.out) == _outcome(config.out)
+
+
+def test_a_rank_names_what_is_wrong_with_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"a: [\xff")
+    for arguments in ([], [str(tmp_path / "none.yaml")], [str(tmp_path / "bad.yaml")]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert "RUN.yaml" in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder_are_not_let_in(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
