@@ -106,6 +106,13 @@ def _load_policy(config: EvalConfig) -> tuple[str, LivePolicy]:
     require_belief("encoder", config.encoder, card.recipe.encoder.name if card.recipe else "none")
     require_belief("cameras", config.cameras, card.contract.camera_names)
     require_belief("image_orientation", config.image_orientation, card.contract.image_orientation)
+    if config.without_geometry and card.recipe is None:
+        raise InputError(
+            "this policy has no geometry to leave out",
+            expected="a run of another compressor than none",
+            found=str(config.run),
+            fix="leave out without_geometry",
+        )
     if config.execute_steps > policy.horizon:
         raise InputError(
             "execute_steps is longer than the policy's action chunk",
