@@ -94,7 +94,6 @@ def _train(settings: "TrainConfig") -> "tuple[TrainResult, bool]":
     from geomcache.stages.train.run import read_result, require_startable, run
     from geomcache.stages.train.stopping import TrainingStopped
 
-    require_startable(settings, TrainingData(settings))  # before anything slow is begun
     if not needs_ranks(settings.processes, settings.strategy):
         try:
             with progress_bar(f"training {settings.out.name}") as progress:
@@ -102,7 +101,8 @@ def _train(settings: "TrainConfig") -> "tuple[TrainResult, bool]":
         except TrainingStopped as ending:
             say(ending.text)
             raise
-    stood = read_result(settings.out) is not None  # the ranks check that it is of these settings
+    require_startable(settings, TrainingData(settings))  # said once, and before the ranks have imported everything
+    stood = read_result(settings.out) is not None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.yaml"
         file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))

@@ -5,7 +5,6 @@ state (tensors and numbers only, read with weights_only; one file a rank where r
 ``card.json`` everything the live path is built from · ``backbone/`` tokenizer and model configuration.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -228,8 +227,3 @@ def load_optimizer(optimizer: Any, policy: nn.Module, checkpoint: Path, rank: in
     _require_whole(checkpoint, name)
     state = torch.load(checkpoint / name, weights_only=True, map_location="cpu")
     load_optimizer_state(optimizer, state, str(checkpoint / name))
-
-
-def write_json(path: Path, value: object) -> None:
-    """A result file, atomically."""
-    write_atomic(path, json.dumps(value, indent=2))

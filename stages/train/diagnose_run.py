@@ -11,7 +11,7 @@ from geomcache.stages.train.data import BatchMaker, TrainingData
 from geomcache.stages.train.diagnose import measure
 from geomcache.stages.train.diagnose_picture import diagnosis_picture
 from geomcache.stages.train.diagnosis import Diagnosis
-from geomcache.stages.train.run import read_config
+from geomcache.stages.train.run import describe_data_difference, read_config
 from geomcache.stages.train.validation import spread
 
 JSON_NAME, PICTURE_NAME = "diagnosis.json", "diagnosis.png"
@@ -92,12 +92,7 @@ def diagnose_run(path: Path, rows: int = ROWS, out: Path | None = None) -> RunDi
 
 
 def _require_data_of(card: CheckpointCard, data: TrainingData, run: Path) -> None:
-    packs = tuple(pack.info.digest for pack in data.packs)
-    differences = [] if packs == card.packs else ["packs: their digests differ"]
-    if card.recipe is not None and data.recipe is not None:
-        # where the encoder's weights lie may differ; what they are is in the fingerprint
-        differences += card.recipe.describe_difference(data.recipe.model_copy(update={"encoder": card.recipe.encoder}))
-    if differences:
+    if differences := describe_data_difference(card, data):
         raise InputError(
             f"the packs or caches of {run} are no longer those that it was trained on",
             expected="the same packs and caches, where config.yaml says",

@@ -230,12 +230,7 @@ def _require_same_data(config: TrainConfig, data: TrainingData) -> None:
     found = checkpoints_of(config.out)
     if not found:
         return
-    card = read_card(found[-1])
-    packs = tuple(pack.info.digest for pack in data.packs)
-    differences = [] if packs == card.packs else ["packs: their digests differ"]
-    if card.recipe is not None and data.recipe is not None:
-        differences += card.recipe.describe_difference(data.recipe)
-    if differences:
+    if differences := describe_data_difference(read_card(found[-1]), data):
         raise InputError(
             f"{config.out} was trained on other data",
             expected="the same packs and caches, to continue it",
@@ -244,11 +239,20 @@ def _require_same_data(config: TrainConfig, data: TrainingData) -> None:
         )
 
 
+def describe_data_difference(card: CheckpointCard, data: TrainingData) -> list[str]:
+    """How the packs and caches differ from those that a checkpoint was trained on; where they lie is none."""
+    packs = tuple(pack.info.digest for pack in data.packs)
+    differences = [] if packs == card.packs else ["packs: their digests differ"]
+    if card.recipe is not None and data.recipe is not None:
+        differences += card.recipe.describe_difference(data.recipe)
+    return differences
+
+
 def main(arguments: list[str]) -> None:
     """Entry point of every rank of ``accelerate launch`` and torchrun: one resolved YAML."""
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
-        config = _read_resolved(arguments)
-        run(config, _line_now_and_then() if int(os.environ.get("RANK", "0")) == 0 else lambda *_: None)
+        run(_read_resolved(arguments), _line_now_and_then() if speaks else lambda *_: None)
     except GeomcacheError as problem:
         sys.stderr.write(f"error: {problem}\n")
         sys.exit(2)
@@ -264,7 +268,7 @@ def main(arguments: list[str]) -> None:
         sys.stderr.write("this rank lost its connection to another one, which has ended\n")
         sys.exit(1)
     except TrainingStopped as ending:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if speaks:
             sys.stderr.write(f"{ending.text}\n")
         raise
     finally:

@@ -5,6 +5,7 @@ from torch import nn
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import ConfigError
+from geomcache.pipeline.pooling import groups_matrix
 from geomcache.stages.train.batch import GeomSizes
 
 EMBEDDING_STD = 0.02  # small beside projected standardised tokens, not 0: each entry acts from the first step on
@@ -79,6 +80,27 @@ class CompressorBase(nn.Module):
     ) -> torch.Tensor | None:
         """The gate of every token and channel, [B, N, C] in (0, 1), NaN where there is no token; None: no gates."""
         return None
+
+
+class GroupedBase(CompressorBase):
+    """A compressor of K consecutive groups of tokens (``pooling``).
+
+    Args:
+        config: kept as ``config``.
+        sizes: of the tokens that come in and of those that go out.
+
+    Raises:
+        ConfigError: K is larger than V * G, or not positive.
+    """
+
+    groups_KN: torch.Tensor
+
+    def __init__(self, config: EmbeddingConfig, sizes: GeomSizes) -> None:
+        super().__init__()
+        self.config = config
+        self.num_tokens = sizes.num_tokens  # K
+        self._num_blocks = sizes.num_blocks
+        self.register_buffer("groups_KN", groups_matrix(count_tokens(sizes), sizes.num_tokens), persistent=False)
 
 
 def count_tokens(sizes: GeomSizes) -> int:

@@ -19,21 +19,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from geomcache.pipeline.pooling import group_means, groups_matrix
+from geomcache.pipeline.pooling import group_means
 from geomcache.stages.train.batch import GeomSizes, GeomTokens
-from geomcache.stages.train.compressors._common import (
-    CompressorBase,
-    EmbeddingConfig,
-    PlaceEmbedding,
-    count_tokens,
-)
+from geomcache.stages.train.compressors._common import EmbeddingConfig, GroupedBase, PlaceEmbedding
 
 
 class Config(EmbeddingConfig):
     """Embeddings only."""
 
 
-class Compressor(CompressorBase):
+class Compressor(GroupedBase):
     """Group means of gated tokens; groups and masks as in ``pool``.
 
     Args:
@@ -44,18 +39,11 @@ class Compressor(CompressorBase):
         ConfigError: K is larger than V * G, or not positive.
     """
 
-    groups_KN: torch.Tensor
-
     def __init__(self, config: Config, sizes: GeomSizes) -> None:
-        super().__init__()
-        total = count_tokens(sizes)
-        self.config = config
-        self.num_tokens = sizes.num_tokens  # K
-        self._num_blocks = sizes.num_blocks
+        super().__init__(config, sizes)
         self.projection = nn.Linear(sizes.dim, sizes.context_dim)
         self.token_gate = nn.Linear(sizes.dim, sizes.context_dim, bias=False)
         self.context_gate = nn.Linear(sizes.context_dim, sizes.context_dim)
-        self.register_buffer("groups_KN", groups_matrix(total, sizes.num_tokens), persistent=False)
         self.embedding = PlaceEmbedding(config, sizes)  # last: the other initial weights are the same with and without
 
     @staticmethod

@@ -7,21 +7,16 @@ since a token's place is the same for each, and each reads it through key and va
 import torch
 from torch import nn
 
-from geomcache.pipeline.pooling import group_means, groups_matrix
+from geomcache.pipeline.pooling import group_means
 from geomcache.stages.train.batch import GeomSizes, GeomTokens
-from geomcache.stages.train.compressors._common import (
-    CompressorBase,
-    EmbeddingConfig,
-    PlaceEmbedding,
-    count_tokens,
-)
+from geomcache.stages.train.compressors._common import EmbeddingConfig, GroupedBase, PlaceEmbedding
 
 
 class Config(EmbeddingConfig):
     """Embeddings only."""
 
 
-class Compressor(CompressorBase):
+class Compressor(GroupedBase):
     """As ``pool``, with one projection per cross-attending DiT block (blocks without one have none to waste).
 
     Args:
@@ -32,15 +27,9 @@ class Compressor(CompressorBase):
         ConfigError: K is larger than V * G, or not positive.
     """
 
-    groups_KN: torch.Tensor
-
     def __init__(self, config: Config, sizes: GeomSizes) -> None:
-        super().__init__()
-        total = count_tokens(sizes)
-        self.config = config
-        self.num_tokens = sizes.num_tokens  # K
+        super().__init__(config, sizes)
         self.projections = nn.ModuleList(nn.Linear(sizes.dim, sizes.context_dim) for _ in range(sizes.num_blocks))
-        self.register_buffer("groups_KN", groups_matrix(total, sizes.num_tokens), persistent=False)
         self.embedding = PlaceEmbedding(config, sizes)  # last: the other initial weights are the same with and without
 
     @staticmethod

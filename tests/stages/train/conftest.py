@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from geomcache.cache_schemas.token_spec import TokenSpec
 from geomcache.stages.train.batch import PolicyBatch
@@ -31,6 +32,12 @@ INSTRUCTIONS = (
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """accelerate keeps its state for the life of a process; each test is like a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

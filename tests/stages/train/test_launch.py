@@ -23,11 +23,6 @@ from tests.conftest import nothing
 ACCELERATE = Path(__file__).parents[3] / "configs" / "accelerate"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def config(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate({"out": "unused", "data": (), "trackers": [], "device": "cpu", **changes})
 

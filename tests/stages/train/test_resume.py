@@ -26,11 +26,6 @@ FILES = ("policy.safetensors", "ema.safetensors", "optimizer.pt")
 TEXT_OF_A_SIGNAL = "saved, the same command continues"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def config(pack_path: Path, caches: dict[str, Path], tmp_path: Path) -> TrainConfig:
     """Everything that is random or remembered is on: dropout, geometry dropout, accumulation, EMA, validation."""

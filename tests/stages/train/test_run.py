@@ -28,12 +28,6 @@ from tests.conftest import nothing
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    """accelerate keeps one precision for the life of a process; each test is like a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def config(pack_path: Path, caches: dict[str, Path], tmp_path: Path) -> TrainConfig:
     """Six steps of a tiny policy on the oracle's tokens, dropout on so that resume must restore it."""
