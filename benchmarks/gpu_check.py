@@ -15,6 +15,10 @@ Figures (full size: frozen VLM in bf16, float32 head, AdamW; `lora`: rank 16 ada
   step_seconds_{frozen,lora}[_checkpointing]_bB, peak_gb_...   a whole optimiser step at batch size B; null: no room
   build_gb             weights on the device
   kv_reuse_train, kv_reuse_sample   head time of the plain way over ours (above 1: ours is faster); full size
+  answer_seconds_b1, answer_seconds_b8   a query of the policy in closed loop (VLM, compressor, 4 Euler steps)
+  answers_batched_over_one_by_one        answers/s at 8 waiting observations, one batch over one by one
+  answers_slot_deviation                 largest difference of an action when its sample has another slot and other
+                       neighbours in a batch of 8; 0: reproducible mode may batch on this GPU
   feed_gb_per_second   host to device, from pinned buffers
   feed_wait_share      of a loop's time spent waiting for tokens that are copied while the GPU computes
 """
@@ -27,6 +31,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +47,7 @@ from geomcache.stages.train.dit import Context
 from geomcache.stages.train.policy import PolicyNet
 
 PARITY_LIMIT, BF16_LIMIT = 1e-4, 0.05
-PARTS = ["parity", "bf16", "feed", "speed", "kv_reuse"]
+PARTS = ["parity", "bf16", "feed", "speed", "kv_reuse", "answers"]
 COMPRESSORS = ["none", "pool", "per_layer", "qformer", "gated"]
 TIMED_STEPS, TIMED_PASSES, FEED_BATCHES = 3, 5, 24
 BLOCKS = 16  # of the full-size DiT
@@ -239,6 +244,48 @@ def kv_reuse(policy: PolicyNet, size: int, device: str) -> Figures:
     return figures
 
 
+def select(batch: PolicyBatch, rows: list[int]) -> PolicyBatch:
+    """Some samples; a sample has the same number of rows in every field."""
+    size = len(batch)
+    present = {name: value for name, value in vars(batch).items() if value is not None}
+    chosen = {name: value.unflatten(0, (size, -1))[rows].flatten(0, 1) for name, value in present.items()}
+    return replace(batch, **chosen)
+
+
+@torch.no_grad()
+def answers(policy: PolicyNet, device: str, size: int = 8) -> Figures:
+    """Queries of evaluation, one by one and in a batch."""
+    policy.eval()
+    batch = random_batch(policy, size).to(device)
+    noise_BTA = torch.stack([policy.draw_noise(seed) for seed in range(size)])
+
+    def ask(rows: list[int]) -> torch.Tensor:
+        with policy.autocast("bf16"):
+            return policy.sample(select(batch, rows), noise_BTA=noise_BTA[rows]).cpu()
+
+    def seconds(rows: list[int]) -> float:
+        taken = []
+        for _ in range(1 + TIMED_PASSES):
+            began = now(device)
+            ask(rows)
+            taken.append(now(device) - began)
+        return statistics.median(taken[1:])
+
+    order = list(range(size))
+    alone, together = seconds([0]), seconds(order)
+    straight = ask(order)
+    others = [*order[3:], *order[:3]]
+    moved = ask(others)[[others.index(row) for row in order]]
+    company = ask([0] * size)
+    deviation = max(float((moved - straight).abs().max()), float((company - straight[:1]).abs().max()))
+    return {
+        "answer_seconds_b1": alone,
+        f"answer_seconds_b{size}": together,
+        "answers_batched_over_one_by_one": size * alone / together,
+        "answers_slot_deviation": deviation,
+    }
+
+
 class TokensInMemory:
     """What the token feed asks of training data; rows lie in memory, so the copies alone are measured."""
 
@@ -324,6 +371,9 @@ def main(arguments: list[str] | None = None) -> int:
     if "kv_reuse" in options.only:
         with full_policy(base_vlm, FROZEN, "cuda") as policy:
             figures |= kv_reuse(policy, options.batches[-1], "cuda")
+    if "answers" in options.only:
+        with full_policy(base_vlm, FROZEN, "cuda") as policy:
+            figures |= answers(policy, "cuda")
     text = json.dumps({name: value if value is None else round(value, 7) for name, value in figures.items()})
     print(text)
     if options.json:

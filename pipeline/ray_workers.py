@@ -86,7 +86,7 @@ def run_tasks(
             worker.close()
         return
     with ray_session(pool.address, pool.count * pool.cpus_each) as ray:
-        _require_resources(ray, pool)
+        require_resources(ray, pool)
         yield from _Crew(ray, worker_class, arguments, tasks, pool).results()
 
 
@@ -305,7 +305,7 @@ def _require_reachable(address: str) -> None:
         ) from problem
 
 
-def _require_resources(ray: Any, pool: Pool) -> None:
+def require_resources(ray: Any, pool: Pool) -> None:
     """Ray waits for ever for what a cluster does not have; say so instead."""
     for resource, each in (("CPU", pool.cpus_each), ("GPU", pool.gpus_each)):
         found = float(ray.cluster_resources().get(resource, 0))

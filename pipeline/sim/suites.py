@@ -74,6 +74,12 @@ def task_info(suite: str, index: int) -> TaskInfo:
     )
 
 
+@functools.cache
+def all_instructions() -> tuple[str, ...]:
+    """Of every task of every suite, each once."""
+    return tuple(sorted({str(b.get_task(i).language) for b in map(_benchmark, SUITES) for i in range(b.n_tasks)}))
+
+
 def init_state(suite: str, index: int, i: int) -> NDArray[np.float64]:
     """Shipped initial state ``i`` of a task: MuJoCo's flat state [1 + nq + nv] (time, qpos, qvel)."""
     task = task_info(suite, index)

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from geomcache.cache_schemas.errors import MissingDependency
+from geomcache.cache_schemas.errors import InputError, MissingDependency
 
 APT_LINE = "apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri"
 APT_LINE_OSMESA = "apt-get install -y libosmesa6"
@@ -29,14 +29,22 @@ _VENDOR_LIBRARIES = ("libEGL_mesa.so.0", "libEGL_nvidia.so.0")
 
 
 def require_simulator() -> None:
-    """Choose EGL unless the user chose another GL; raise ``MissingDependency`` if the simulator cannot start.
+    """Choose EGL unless the user chose OSMesa. Imports nothing of the simulator, prompts for nothing, writes nothing.
 
-    Imports nothing of the simulator, prompts for nothing and writes nothing.
+    Raises:
+        MissingDependency: the simulator cannot start.
+        InputError: MUJOCO_GL names something that needs a screen, or nothing.
     """
     os.environ.setdefault("MUJOCO_GL", "egl")
     gl = os.environ["MUJOCO_GL"].strip().lower()
-    if gl in ("egl", "osmesa"):
-        os.environ.setdefault("PYOPENGL_PLATFORM", gl)
+    if gl not in ("egl", "osmesa"):
+        raise InputError(
+            "the simulator cannot render without a screen",
+            expected="MUJOCO_GL=egl or MUJOCO_GL=osmesa",
+            found=f"MUJOCO_GL={os.environ['MUJOCO_GL']}",
+            fix="unset MUJOCO_GL",
+        )
+    os.environ.setdefault("PYOPENGL_PLATFORM", gl)
     _require_packages()
     if gl == "egl":
         _require_egl()

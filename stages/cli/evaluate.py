@@ -1,19 +1,32 @@
 """``geomcache eval``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from geomcache.stages.cli.common import ConfigOption, JsonOption, SetOption, progress_bar, say, show_table
 
+if TYPE_CHECKING:
+    from geomcache.stages.evaluate.results import EvalResults, Success
+
 
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="Run folder of `geomcache train`, or one checkpoint.")] = None,
-    suite: Annotated[str | None, typer.Option(help="libero_spatial|object|goal|10|90")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="libero_spatial|object|goal|10|90; several with commas.", metavar="SUITE,...")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Task numbers, e.g. 0,3,7; default: all of the suite.")] = None,
-    episodes: Annotated[int | None, typer.Option(help="Episodes per task.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the scene's fixtures and the policy's noise.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="Initial states per task (and seed); 50 are shipped.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Of the scene's fixtures and the policy's noise, e.g. 7,8,9; default 7.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Simulators side by side; default: CPUs - 1; 0: in this process.")
+    ] = None,
+    video: Annotated[
+        int | None, typer.Option("--video-fps", help="Also a video of each task's first episode, frames a second.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
     encoder: Annotated[str | None, typer.Option(help="State which encoder the checkpoint must have.")] = None,
     cameras: Annotated[str | None, typer.Option(help="State the checkpoint's cameras in order, e.g. a,b.")] = None,
@@ -25,7 +38,8 @@ def evaluate(
     """Closed loop: success rate of a policy in the LIBERO simulator, tokens made live by the checkpoint's encoder.
 
     Everything that must match training comes from the checkpoint. --encoder, --cameras and --image-orientation only
-    state what you believe it holds; a difference is refused.
+    state what you believe it holds; a difference is refused. The same command continues a stopped evaluation, and adds
+    episodes, tasks or seeds to a finished one. Before hours are spent: geomcache check RUN.
     """
     from geomcache.configs.load import load_config
     from geomcache.stages.evaluate.config import EvalConfig
@@ -33,10 +47,12 @@ def evaluate(
 
     options = {
         "run": run,
-        "suite": suite,
-        "tasks": _numbers(tasks),
+        "suites": suite.split(",") if suite else None,
+        "tasks": _numbers(tasks, "task"),
         "episodes": episodes,
-        "seed": seed,
+        "seeds": _numbers(seeds, "seed"),
+        "workers": workers,
+        "video_fps": video,
         "out": out,
         "encoder": encoder,
         "cameras": cameras.split(",") if cameras else None,
@@ -50,35 +66,37 @@ def evaluate(
     if as_json:
         typer.echo(results.model_dump_json())
         return
-    rows = [
-        [
-            str(task.task),
-            task.instruction,
-            f"{task.successes}/{task.episodes}",
-            f"[{task.low:.2f}, {task.high:.2f}]",
-        ]
-        for task in results.tasks
-    ]
-    rows.append(
-        [
-            "all",
-            "",
-            f"{results.successes}/{len(results.episodes)}",
-            f"[{results.low:.2f}, {results.high:.2f}]",
-        ]
-    )
+    _show(results)
+    typer.echo(f"results and filmstrips: {settings.out}; a page of them: geomcache report {settings.out}")
+
+
+def _show(results: "EvalResults") -> None:
+    rows = [[f"{one.suite} {one.task}", one.instruction, *_cells(one)] for one in results.tasks]
+    if len(results.suites) > 1:
+        rows += [[one.suite, "", *_cells(one)] for one in results.suites]
+    rows.append(["all", "", *_cells(results.overall)])
     show_table(
-        f"{settings.suite}, success (95 % Wilson interval)",
+        "success (95 % Wilson interval)" + ("" if results.finished else ", UNFINISHED"),
         ["task", "instruction", "success", "interval"],
         rows,
     )
-    typer.echo(f"results and filmstrips: {settings.out}")
+    queries = sum(episode.queries for episode in results.episodes)
+    if queries:
+        parts = [
+            f"{part} {1000 * sum(getattr(episode.seconds, part) for episode in results.episodes) / queries:.0f} ms"
+            for part in ("encoder", "vlm", "head")
+        ]
+        typer.echo(f"per query: {', '.join(parts)} ({results.conditions.mode} mode on {results.conditions.device})")
 
 
-def _numbers(text: str | None) -> list[int] | None:
+def _cells(success: "Success") -> list[str]:
+    return [f"{success.successes}/{success.episodes}", f"[{success.low:.2f}, {success.high:.2f}]"]
+
+
+def _numbers(text: str | None, what: str) -> list[int] | None:
     if text is None:
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as problem:
-        raise typer.BadParameter(f"task numbers separated by commas, not {text!r}") from problem
+        raise typer.BadParameter(f"{what} numbers separated by commas, not {text!r}") from problem

@@ -4,8 +4,11 @@ Whatever could differ between the cache and the live path is compared by name be
 """
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +20,9 @@ from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.frames import FrameBatch, Observation
 from geomcache.pipeline.tokens import LiveTokens, build_encoder, token_recipe
 from geomcache.stages.train.batch import PolicyBatch
-from geomcache.stages.train.checkpoint import latest_checkpoint, load_policy, read_card
+from geomcache.stages.train.checkpoint import CheckpointCard, latest_checkpoint, load_policy, read_card
+from geomcache.stages.train.packer import Packer
+from geomcache.stages.train.policy import PolicyNet
 
 
 def build_live_tokens(
@@ -80,6 +85,7 @@ class LivePolicy:
         self._net = load_policy(self.checkpoint, self.card, averaged=averaged).to(self._device).eval()
         recipe = self.card.recipe if not without_geometry else None
         self._live = build_live_tokens(recipe, self.card.contract, device, encoder_changes) if recipe else None
+        self._clock = _Clock(self._device, self._net.backbone)
 
     @property
     def horizon(self) -> int:
@@ -97,37 +103,128 @@ class LivePolicy:
         Raises:
             ContractMismatch: every differing field is named.
         """
-        mine = self.card.contract if self.needs_depth else self.card.contract.model_copy(update={"has_depth": False})
-        theirs = contract if self.needs_depth else contract.model_copy(update={"has_depth": False})
-        mine.require_same(
-            theirs,
-            mine="the checkpoint",
-            theirs="the simulator",
-            fix="leave out --cameras, --image-orientation and sizes: they come from the checkpoint",
-        )
+        require_contract(self.card, contract, needs_depth=self.needs_depth)
 
     def act(self, observations: Sequence[Observation], noise_seeds: Sequence[int]) -> NDArray[np.float32]:
         """Action chunks [B, T, 7] in environment units; ``noise_seeds`` key each sample's flow noise by itself."""
+        noise_BTA = torch.stack([self._net.draw_noise(seed) for seed in noise_seeds])
+        return self.decode(self.sample(self.prepare(observations), noise_BTA))
+
+    def prepare(self, observations: Sequence[Observation]) -> PolicyBatch:
+        """What the network is given for these observations, on its device: the live twin of ``BatchMaker.batch``."""
         frames = FrameBatch.join([seen.frame for seen in observations])
-        states = np.stack([seen.state_S for seen in observations])
-        batch = PolicyBatch(
-            **self._net.backbone.packer(frames.images_BVHWC, [seen.instruction for seen in observations]),
-            proprio_BP=torch.from_numpy(self.card.normaliser.state.normalise(states)),
-            **self._tokens(frames),
-        ).to(self._device)
-        noise = torch.stack([self._net.draw_noise(seed) for seed in noise_seeds])
-        with self._net.autocast(self.card.mixed_precision):
-            normalised = self._net.sample(batch, noise_BTA=noise).cpu().numpy()
-        return np.clip(self.card.normaliser.denormalise_actions(normalised), -1.0, 1.0)
+        tokens = self._tokens(frames)
+        with self._clock.part("vlm"):
+            return PolicyBatch(
+                **self.packer(frames.images_BVHWC, [seen.instruction for seen in observations]),
+                proprio_BP=torch.from_numpy(self.normalise_states(np.stack([seen.state_S for seen in observations]))),
+                **tokens,
+            ).to(self._device)
+
+    def sample(self, batch: PolicyBatch, noise_BTA: torch.Tensor) -> NDArray[np.float32]:
+        """Normalised actions [B, T, A] of prepared inputs."""
+        with self._clock.part("head"), self._net.autocast(self.card.mixed_precision):
+            return np.asarray(self._net.sample(batch, noise_BTA=noise_BTA).cpu().numpy())
+
+    def decode(self, normalised_BTA: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalised actions -> what the environment executes, [..., 7]."""
+        return np.clip(self.card.normaliser.denormalise_actions(normalised_BTA), -1.0, 1.0)
+
+    def normalise_states(self, states_BS: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Robot states [B, 8] -> the network's units."""
+        return self.card.normaliser.state.normalise(states_BS)
+
+    def live_tokens(self, frames: FrameBatch) -> torch.Tensor:
+        """Tokens [B, V, G, D] by the live encoder and codec; the policy must take some."""
+        assert self._live is not None
+        return self._live.tokens(frames)
+
+    @property
+    def net(self) -> PolicyNet:
+        """The network, in eval mode."""
+        return self._net
+
+    @property
+    def packer(self) -> Packer:
+        """Images and instructions -> the VLM's inputs."""
+        return cast(Packer, self._net.backbone.packer)
+
+    def fix_prompt_length(self, instructions: Sequence[str]) -> None:
+        """Pad every prompt to the length of the longest of these, as ``prompt_length`` of the backbone would."""
+        packer = self.packer
+        if packer.prompt_length is None:
+            packer.prompt_length = packer.longest(instructions, len(self.card.contract.cameras))
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in ``encoder``, ``vlm`` and ``head`` since the last call."""
+        return self._clock.take()
 
     def _tokens(self, frames: FrameBatch) -> dict[str, torch.Tensor]:
         """Fields of the batch: live tokens; masked ones without geometry; none for a policy that takes none."""
         if self._live is not None:
-            return {"tokens_BVGD": self._live.tokens(frames)}
+            with self._clock.part("encoder"):
+                return {"tokens_BVGD": self._live.tokens(frames)}
         if self.card.recipe is None:
             return {}
         shape = len(frames), *self.card.recipe.spec.row_shape
         return {"tokens_BVGD": torch.zeros(shape), "token_mask_BVG": torch.zeros(shape[:3], dtype=torch.bool)}
+
+
+class _Clock:
+    """Seconds by part of a query. The VLM runs inside the head's part and is taken out of it by hooks."""
+
+    def __init__(self, device: torch.device, backbone: torch.nn.Module) -> None:
+        self._device, self._vlm_started = device, 0.0
+        self._seconds = dict.fromkeys(("encoder", "vlm", "head"), 0.0)
+        backbone.register_forward_pre_hook(self._enter_vlm)
+        backbone.register_forward_hook(self._leave_vlm)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[name] += self._now() - started
+
+    def take(self) -> dict[str, float]:
+        taken, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        return taken
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _enter_vlm(self, *_: object) -> None:
+        self._vlm_started = self._now()
+
+    def _leave_vlm(self, *_: object) -> None:
+        seconds = self._now() - self._vlm_started
+        self._seconds["vlm"] += seconds
+        self._seconds["head"] -= seconds
+
+
+def require_contract(card: CheckpointCard, contract: Contract, *, needs_depth: bool) -> None:
+    """``ContractMismatch`` unless frames of ``contract`` are such as it was trained on; depth counts if read."""
+    mine, theirs = (
+        one if needs_depth else one.model_copy(update={"has_depth": False}) for one in (card.contract, contract)
+    )
+    mine.require_same(
+        theirs,
+        mine="the checkpoint",
+        theirs="the simulator",
+        fix="leave out --cameras, --image-orientation and sizes: they come from the checkpoint",
+    )
+
+
+def reads_depth(card: CheckpointCard, encoder_changes: dict[str, object] | None = None) -> bool:
+    """Whether the checkpoint's encoder reads depth or camera matrices; its weights are not loaded."""
+    if card.recipe is None:
+        return False
+    record = card.recipe.encoder
+    encoder = build_encoder(record.name, {**record.config, **(encoder_changes or {})}, card.contract, None)
+    return bool(encoder.needs - {"images"})
 
 
 def noise_seed(seed: int, episode: str, query: int) -> int:

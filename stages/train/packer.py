@@ -89,6 +89,10 @@ class Packer:
         for instruction in instructions:
             self._tokenise(instruction, views)
 
+    def longest(self, instructions: Iterable[str], views: int) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(self._tokenise(instruction, views)) for instruction in instructions)
+
     def _pack_images(self, images_BVHWC: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
         images = [self._resize(image) for image in images_BVHWC.reshape(-1, *images_BVHWC.shape[2:])]
         packed = self.image_processor(images, do_resize=False, return_tensors="pt")

@@ -1,12 +1,20 @@
 """The whole chain in the real simulator at its smallest: record, pack, extract, train, resume, evaluate, report."""
 
 import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import CacheStale, ConfigError, ContractMismatch, InputError, UnknownName
 from geomcache.pipeline.pack.reader import PackReader
@@ -17,7 +25,10 @@ from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.stages.evaluate import run as evaluation
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.evaluate.live_policy import LivePolicy, build_live_tokens
-from geomcache.stages.evaluate.report import write_report
+from geomcache.stages.evaluate.policy_worker import PolicyWorker
+from geomcache.stages.evaluate.report.page import write_report
+from geomcache.stages.evaluate.results import PARQUET_NAME, EvalResults, filmstrip_name, read_results, video_name
+from geomcache.stages.evaluate.simulator import Scene, Simulator, Turn
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.run import run as train
 from tests.conftest import build_pack_at, extract_without_ray, nothing
@@ -76,11 +87,12 @@ def _eval_config(folder: Path, name: str = "oracle_pointmap", **changes: Any) ->
         **{
             "run": folder / "train" / name,
             "out": folder / "eval" / name,
-            "suite": "libero_object",
+            "suites": ("libero_object",),
             "tasks": (0,),
             "episodes": 2,
             "horizon": 9,
             "device": "cpu",
+            "workers": 0,
             **changes,
         }
     )
@@ -106,13 +118,19 @@ def test_a_live_observation_is_the_recorded_row_bit_for_bit(folder: Path) -> Non
                 assert torch.equal(live.tokens(seen.frame), cache.tokens([0]))
 
 
+def _played(results: EvalResults) -> list[dict[str, Any]]:
+    """Everything about the episodes but the time they took and what broke over them."""
+    return [one.model_dump(exclude={"seconds", "restarts"}) for one in results.episodes]
+
+
 def test_evaluation_continues_and_repeats_bit_for_bit(folder: Path) -> None:
     config = _eval_config(folder, out=folder / "elsewhere")
     whole, stood = evaluation.run(config, nothing)
     assert not stood
     assert [episode.init_state for episode in whole.episodes] == [0, 1]
     assert (whole.episodes[0].steps, whole.episodes[0].queries) == (9, 2)
-    assert (config.out / "filmstrips/task_00.png").stat().st_size > 1000
+    assert (config.out / filmstrip_name("libero_object", 0)).stat().st_size > 1000
+    assert pq.read_table(config.out / PARQUET_NAME)["init_state"].to_pylist() == [0, 1]
     assert evaluation.run(config, nothing)[1]
 
     class Stopped(Exception):
@@ -125,9 +143,15 @@ def test_evaluation_continues_and_repeats_bit_for_bit(folder: Path) -> None:
     again = _eval_config(folder)
     with pytest.raises(Stopped):
         evaluation.run(again, stop)
-    assert not evaluation.read_results(again.out).finished
+    assert not read_results(again.out).finished
+    assert [one.init_state for one in read_results(again.out).episodes] == [0]
     continued, _ = evaluation.run(again, nothing)
-    assert continued.episodes == whole.episodes
+    assert _played(continued) == _played(whole)
+    more, stood = evaluation.run(_eval_config(folder, episodes=3), nothing)
+    assert not stood
+    assert _played(more)[:2] == _played(whole)
+    with pytest.raises(InputError, match="1 episodes more"):
+        evaluation.run(again, nothing)
     page = write_report(folder, folder / "report.html", "chain")
     assert page.read_text().count("data:image/png;base64,") >= 4
     assert "http" not in page.read_text()
@@ -175,7 +199,7 @@ def test_a_policy_acts_without_its_geometry(folder: Path) -> None:
         ({"image_orientation": "rot180"}, ContractMismatch, "another image_orientation"),
         ({"encoder_config": {"grid": [8, 8]}}, CacheStale, "grid"),
         ({"encoder_config": {"gird": [8, 8]}}, ConfigError, "did you mean 'grid'"),
-        ({"suite": "libero_objects"}, UnknownName, "libero_object"),
+        ({"suites": ("libero_objects",)}, UnknownName, "libero_object"),
         ({"tasks": (11,)}, UnknownName, "11"),
         ({"episodes": 51}, InputError, "--episodes 50"),
         ({"execute_steps": 99}, InputError, "execute_steps"),
@@ -207,6 +231,87 @@ def test_other_weights_and_another_simulator_are_refused(folder: Path, tmp_path:
 
 
 def test_results_of_another_evaluation_are_not_mixed(folder: Path) -> None:
-    evaluation.run(_eval_config(folder), nothing)
+    out = folder / "elsewhere"
+    evaluation.run(_eval_config(folder, out=out), nothing)
     with pytest.raises(InputError, match="horizon: 9 != 12"):
-        evaluation.run(_eval_config(folder, horizon=12), nothing)
+        evaluation.run(_eval_config(folder, out=out, horizon=12), nothing)
+    with pytest.raises(InputError, match="checkpoint_weights"):
+        evaluation.run(_eval_config(folder, "depth_anything3", out=out), nothing)
+
+
+class _Faulty(Simulator):
+    """Dies or hangs in the middle of chosen episodes, once each."""
+
+    def __init__(self, scene: Scene, marks: Path) -> None:
+        super().__init__(scene)
+        self._marks = marks
+
+    def advance(self, chunk_TA: NDArray[np.float32]) -> Turn:
+        assert self._episode is not None
+        mark = self._marks / str(self._episode.init_state)
+        if self._steps > 0 and self._episode.init_state < 2 and not mark.exists():
+            mark.touch()
+            if self._episode.init_state == 0:
+                os.kill(os.getpid(), signal.SIGSEGV)  # as a graphics driver does
+            time.sleep(600)
+        return super().advance(chunk_TA)
+
+
+def test_simulators_that_die_or_hang_are_replaced_and_change_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Ray with two workers, against one simulator in this process: the same episodes, each counted once."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    monkeypatch.setattr(evaluation, "Simulator", partial(_Faulty, marks=marks))
+    changes = {"episodes": 3, "execute_steps": 4, "video_fps": 10}
+    found, _ = evaluation.run(
+        _eval_config(folder, out=tmp_path / "ray", workers=2, hang_seconds=15, **changes), nothing
+    )
+    monkeypatch.undo()
+    alone, _ = evaluation.run(_eval_config(folder, out=tmp_path / "alone", **changes), nothing)
+    assert _played(found) == _played(alone)
+    assert [one.restarts for one in found.episodes] == [1, 1, 0]
+    assert (found.finished, found.overall.episodes) == (True, 3)
+    assert sorted(path.name for path in marks.iterdir()) == ["0", "1"]
+    for one in found.episodes:
+        assert one.seconds.physics > 0
+        assert one.seconds.encoder > 0
+        assert one.seconds.head > 0
+        assert one.seconds.total > one.seconds.physics + one.seconds.rendering
+    assert (tmp_path / "ray" / video_name("libero_object", 0)).read_bytes() == (
+        tmp_path / "alone" / video_name("libero_object", 0)
+    ).read_bytes()
+
+
+def test_a_simulator_that_always_breaks_ends_the_evaluation(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name and soon; what was played before stays valid."""
+    shutil.copytree(folder / "elsewhere", tmp_path / "eval")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "7")  # a GPU that is not there: the renderer cannot start
+    with pytest.raises(InputError, match="simulators break again and again") as caught:
+        evaluation.run(_eval_config(folder, out=tmp_path / "eval", workers=1, episodes=4), nothing)
+    assert "MUJOCO_EGL_DEVICE_ID" in str(caught.value)
+    assert read_results(tmp_path / "eval").overall.episodes == 2
+
+
+@pytest.mark.parametrize("fixed", [1, 3])
+def test_reproducible_answers_do_not_depend_on_who_waits(folder: Path, fixed: int) -> None:
+    """Bit for bit: any company, any slot, a longer instruction beside it."""
+    config = _eval_config(folder, "depth_anything3")
+    with LiberoEnv("libero_object", 0, height=SIDE, width=SIDE, depth=False) as env:
+        env.reset(7, 0)
+        first = env.observe()
+        env.step(np.array([0.5, 0, -0.5, 0, 0, 0, 1.0]))
+        second = env.observe()
+    other = replace(second, instruction="put the wine bottle on top of the cabinet and close the drawer")
+    worker = PolicyWorker(config, "cpu", fixed, (first.instruction, other.instruction))
+    alone = worker.act([first], [11]).chunks_BTA[0]
+    company = [([first, other, second], [11, 12, 13]), ([other, first], [12, 11]), ([second, other, first], [5, 6, 11])]
+    for observations, seeds in company if fixed > 1 else ():
+        found = worker.act(observations, seeds).chunks_BTA[seeds.index(11)]
+        np.testing.assert_array_equal(found, alone)
+    answer = worker.act([first], [11])
+    np.testing.assert_array_equal(answer.chunks_BTA, alone[None])
+    assert set(answer.seconds) == {"encoder", "vlm", "head"}

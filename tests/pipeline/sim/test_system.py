@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from geomcache.cache_schemas.errors import MissingDependency
+from geomcache.cache_schemas.errors import InputError, MissingDependency
 from geomcache.pipeline.sim import system
 
 
@@ -68,6 +68,10 @@ def test_egl_is_chosen_but_a_choice_of_the_user_is_kept(monkeypatch: pytest.Monk
     monkeypatch.delenv("PYOPENGL_PLATFORM")
     system.require_simulator()
     assert (system.os.environ["MUJOCO_GL"], system.os.environ["PYOPENGL_PLATFORM"]) == ("osmesa", "osmesa")
+    for wrong in ("glfw", "foo", ""):
+        monkeypatch.setenv("MUJOCO_GL", wrong)
+        with pytest.raises(InputError, match=f"MUJOCO_GL={wrong}\n"):
+            system.require_simulator()
 
 
 def test_importing_the_room_does_not_import_the_simulator() -> None:
