@@ -264,7 +264,7 @@ def _report(settings: "QuickstartConfig", as_json: bool, seconds: dict[str, floa
     """Write the page, print the table; returns the policies that did not learn."""
     from dataclasses import asdict
 
-    from geomcache.stages.evaluate.report import policy_rows, write_report
+    from geomcache.stages.evaluate.report.page import policy_rows, write_report
 
     page = write_report(settings.out, settings.out / "report.html", "geomcache quickstart")
     rows = [row for row in policy_rows(settings.out) if row.name in settings.train]

@@ -136,7 +136,8 @@ def test_the_wheel_brings_the_command_its_presets_and_its_page(tmp_path: Path) -
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "geomcache/configs/quickstart/quickstart.yaml",
-        "geomcache/stages/evaluate/report.html.j2",
+        "geomcache/stages/evaluate/report/report.html.j2",
+        "geomcache/stages/evaluate/report/report_parts.html.j2",
         "geomcache/cache_schemas/manifest.py",
         "geomcache/py.typed",
     } <= names

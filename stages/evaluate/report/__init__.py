@@ -1,0 +1,1 @@
+"""Results for people: pages, tables, evaluations compared pair by pair."""
