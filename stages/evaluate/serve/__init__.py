@@ -1,0 +1,1 @@
+"""A policy behind a WebSocket, for this and other harnesses."""
