@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray replaces pytest's handler of fatal signals by one whose report is lost: a crash would end the run without a word.
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 CAMERAS = ("agentview", "eye_in_hand")  # as the official files call them
 SIDE = 28  # pixels

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from geomcache.cache_schemas.errors import ConfigError
 from geomcache.configs.load import read_yaml
+from geomcache.pipeline.ray_workers import ray_session
 from geomcache.pipeline.sim import recorder
 from geomcache.stages.cli import quickstart as module
 from geomcache.stages.cli.app import app
@@ -39,7 +40,8 @@ def test_it_skips_what_is_finished_and_exits_1_when_nothing_was_learned(
     encoder = ["extract.depth_anything3.encoder_config.process_size=[28, 28]"]
     command = ["quickstart", "--config", "quickstart/smallest", "--out", str(out)]
     command += [part for text in [*sets, *encoder] for part in ("--set", text)]
-    untrained = CliRunner().invoke(app, command)
+    with ray_session(None, 1):  # one for both extractions
+        untrained = CliRunner().invoke(app, command)
     assert untrained.exit_code == 1, untrained.output
     assert "not learned: pool" in untrained.output
     again = CliRunner().invoke(app, [*command, "--set", "largest_open_loop_ratio=1000"])
