@@ -82,7 +82,10 @@ OPTIONS = {
     "--rows --assume-tflops --unlock --config --set --json",
     "train": "--pack --cache --out --compressor --steps --seed --processes --ablation --describe --config --set --json",
     "diagnose": "RUN --rows --out --json",
-    "eval": "RUN --suite --tasks --episodes --seed --out --encoder --cameras --image-orientation --config --set --json",
+    "check": "RUN --episodes --demos --out --device --json",
+    "eval": "RUN --suite --tasks --episodes --seeds --workers --video-fps --out --encoder --cameras "
+    "--image-orientation --config --set --json",
+    "serve": "RUN --host --port --token --without-geometry --config --set --json",
     "cache ls": "FOLDER --json",
     "cache info": "CACHE --json",
     "cache verify": "CACHE --repair --pack --unlock --json",
@@ -92,7 +95,7 @@ OPTIONS = {
     "cache diff": "A B --rows --json",
     "cache bench": "CACHE --batch --rows --seconds --json",
     "cache probe": "CACHE --pack --against --rows --json",
-    "report": "FOLDER --out --title --json",
+    "report": "FOLDERS --out --title --json",
     "quickstart": "--out --config --set --json",
 }
 

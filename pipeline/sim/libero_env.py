@@ -202,11 +202,11 @@ class LiberoEnv:
             )
         return Observation(frame, self.proprioception().state_S, self.instruction)
 
-    def raw_camera(self, camera: str) -> RawCamera:
-        """Render one view of the contract, as the simulator gives it."""
+    def raw_camera(self, camera: str, size: tuple[int, int] | None = None) -> RawCamera:
+        """Render one view of the contract, as the simulator gives it; ``size`` (H, W) instead of the contract's."""
         self._running()
         assert self._moment is not None
-        height, width = self._size(camera)
+        height, width = size or self._size(camera)
         rgb, zbuffer = self._moment.render(camera, height, width)
         return RawCamera(
             rgb,

@@ -5,7 +5,20 @@ import sys
 import typer
 
 from geomcache.cache_schemas.errors import GeomcacheError
-from geomcache.stages.cli import cache, demos, diagnose, encoders, evaluate, extract, pack, quickstart, report, train
+from geomcache.stages.cli import (
+    cache,
+    check,
+    demos,
+    diagnose,
+    encoders,
+    evaluate,
+    extract,
+    pack,
+    quickstart,
+    report,
+    serve,
+    train,
+)
 from geomcache.stages.cli.common import EXIT_MISTAKE, say
 
 app = typer.Typer(
@@ -22,7 +35,9 @@ app.add_typer(pack.app, name="pack")
 app.command("encoders")(encoders.encoders)
 app.command("extract")(extract.extract)
 app.command("train")(train.train)
+app.command("check")(check.check)
 app.command("eval")(evaluate.evaluate)
+app.command("serve")(serve.serve)
 app.command("diagnose")(diagnose.diagnose)
 app.add_typer(cache.app, name="cache")
 app.command("report")(report.report)

@@ -90,7 +90,10 @@ class Play:
     @property
     def now(self) -> str:
         """What is being played, for a progress bar."""
-        return ", ".join(f"task {one.episode.task} state {one.episode.init_state}" for one in self._playing.values())
+        return ", ".join(
+            f"task {one.episode.task} state {one.episode.init_state} query {one.queries}"
+            for one in self._playing.values()
+        )
 
     def _hand_out(self) -> None:
         while self._idle and self._todo:

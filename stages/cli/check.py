@@ -1,0 +1,48 @@
+"""``geomcache check``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geomcache.stages.cli.common import EXIT_FINDING, JsonOption, progress_bar, say, show_table
+
+
+def check(
+    run: Annotated[Path, typer.Argument(help="Run folder of geomcache train, or one of its checkpoints.")],
+    episodes: Annotated[int, typer.Option(min=1, help="Demonstrations to replay, spread over the run's data.")] = 1,
+    demos: Annotated[
+        Path | None, typer.Option(help="HDF5 demonstrations of the packs, where packs do not hold the scene.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for check.json and pictures of what differs.")] = None,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Does the simulator show this policy what it was trained on? Before hours of evaluation; docs/check.md.
+
+    The same moments are made twice, as training sees them and as the closed loop does, and faults are named. Exit 1
+    when anything that could be compared differs.
+    """
+    from geomcache.stages.evaluate.check.run import check_run
+
+    with progress_bar(f"checking {run.name}") as progress:
+        report = check_run(run, episodes=episodes, demos=demos, out=out, device=device, progress=progress)
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        words = {True: "passed", False: "FAILED", None: "not possible"}
+        show_table(
+            f"{report.run} {report.checkpoint}",
+            ["check", "", "compared", "expected", "found"],
+            [[one.check, words[one.passed], one.compared, one.expected, one.found] for one in report.findings],
+        )
+        for one in report.findings:
+            if one.passed is False:
+                typer.echo(f"{one.fault} ({one.check})\n  fix: {one.fix}")
+            elif one.passed is None:
+                typer.echo(f"not compared: {one.compared}\n  to make it possible: {one.fix}")
+        typer.echo("the two sides agree" if report.sound else f"found: {', '.join(report.faults)}")
+    if out is not None:
+        say(f"details: {out}")
+    if not report.sound:
+        raise typer.Exit(EXIT_FINDING)
