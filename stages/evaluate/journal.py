@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from geomcache.cache_schemas.errors import InputError
-from geomcache.pipeline.files import atomic_writer, write_atomic
+from geomcache.pipeline.files import atomic_writer, write_all, write_atomic
 from geomcache.pipeline.sim import suites
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.evaluate.results import (
@@ -41,6 +41,7 @@ class Journal:
 
     def __init__(self, config: EvalConfig, conditions: Conditions, wanted: Collection[EpisodeKey]) -> None:
         self._config, self._conditions = config, conditions
+        self._size: int | None = None  # bytes of whole lines in the journal
         self.done: dict[EpisodeKey, EpisodeResult] = {}
         if not (config.out / RESULTS_NAME).exists():
             return
@@ -63,14 +64,12 @@ class Journal:
         line = episode.model_dump_json().encode() + b"\n"
         path = self._config.out / JOURNAL_NAME
         with path.open("ab") as file:
-            before = file.tell()
-            try:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.truncate(path, before)  # a full disk leaves no half line for the next one to continue
-                raise
+            if self._size is None:
+                self._size = len(_whole_lines(path))
+            file.truncate(self._size)  # less a line that a kill or a full disk has cut
+            write_all(file.fileno(), [line])
+            os.fsync(file.fileno())
+        self._size += len(line)
         self.done[episode.key] = episode
 
     def is_first_failure(self, suite: str, task: int, seed: int, init_state: int) -> bool:
@@ -82,6 +81,13 @@ class Journal:
             for one in self.done.values()
             if (one.suite, one.task, one.success) == (suite, task, False)
         )
+
+    def standing_results(self) -> EvalResults:
+        """Of a finished evaluation, written anew only where a kill came before that."""
+        standing = read_results(self._config.out)
+        if standing.finished and len(standing.episodes) == len(self.done):
+            return standing
+        return self.write_results(finished=True)
 
     def write_results(self, *, finished: bool) -> EvalResults:
         """Write results.json and episodes.parquet of what is done."""
@@ -110,15 +116,9 @@ class Journal:
 
 
 def _read_lines(path: Path) -> list[EpisodeResult]:
-    """Whole lines; a last one that a kill has cut is dropped, and cut off so that the next one starts a line."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
+    """Their episodes."""
     episodes = []
-    for number, line in enumerate(whole.splitlines()):
+    for number, line in enumerate(_whole_lines(path).splitlines()):
         try:
             episodes.append(EpisodeResult.model_validate_json(line))
         except ValidationError as problem:
@@ -129,6 +129,12 @@ def _read_lines(path: Path) -> list[EpisodeResult]:
                 fix=f"delete that line; its episode is played again (sed -i {number + 1}d {path})",
             ) from problem
     return episodes
+
+
+def _whole_lines(path: Path) -> bytes:
+    """Without a last line that a kill has cut."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1]
 
 
 def _write_parquet(path: Path, episodes: list[EpisodeResult]) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.contract import Contract
-from geomcache.cache_schemas.errors import CacheStale, ContractMismatch
+from geomcache.cache_schemas.errors import CacheStale, InputError
 from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.frames import FrameBatch, Observation
 from geomcache.pipeline.tokens import LiveTokens, build_encoder, token_recipe
@@ -218,6 +218,24 @@ def require_contract(card: CheckpointCard, contract: Contract, *, needs_depth: b
     )
 
 
+def require_possible(card: CheckpointCard, *, execute_steps: int, without_geometry: bool) -> None:
+    """``InputError`` for what this checkpoint cannot do."""
+    if without_geometry and card.recipe is None:
+        raise InputError(
+            "this policy has no geometry to leave out",
+            expected="a run of another compressor than none",
+            found=card.policy.geom_compression_type,
+            fix="leave out without_geometry",
+        )
+    if execute_steps > card.policy.dit.horizon:
+        raise InputError(
+            "execute_steps is longer than the policy's action chunk",
+            expected=f"at most {card.policy.dit.horizon}",
+            found=str(execute_steps),
+            fix=f"--set execute_steps={card.policy.dit.horizon}",
+        )
+
+
 def reads_depth(card: CheckpointCard, encoder_changes: dict[str, object] | None = None) -> bool:
     """Whether the checkpoint's encoder reads depth or camera matrices; its weights are not loaded."""
     if card.recipe is None:
@@ -231,14 +249,3 @@ def noise_seed(seed: int, episode: str, query: int) -> int:
     """A seed for one query's flow noise, keyed on (seed, episode, query)."""
     key = hashlib.sha256(f"{seed}/{episode}/{query}".encode()).digest()
     return int.from_bytes(key[:8], "little") >> 1
-
-
-def require_belief(what: str, believed: object, found: object) -> None:
-    """Raise when the user states something about the checkpoint that is not so."""
-    if believed is not None and believed != found:
-        raise ContractMismatch(
-            f"the checkpoint was trained with another {what}",
-            expected=f"{found} (the checkpoint's)",
-            found=f"{believed} (asked for)",
-            fix=f"leave {what} out, or train a policy with it",
-        )

@@ -101,7 +101,7 @@ class Conditions(Schema):
     checkpoint_step: int
     geomcache_version: str
     mode: Literal["reproducible", "throughput"]
-    batch_size: int  # reproducible: of every query of the policy; throughput: the most
+    batch_size: int | None  # of every query of the policy; None: throughput
     device: str  # cpu or cuda
 
 

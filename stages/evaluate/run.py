@@ -22,7 +22,7 @@ from geomcache.pipeline.sim.system import require_simulator
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.evaluate.crew import POLICY, Broken, Crew, LocalCrew, ray_crew
 from geomcache.stages.evaluate.journal import Journal
-from geomcache.stages.evaluate.live_policy import reads_depth, require_contract
+from geomcache.stages.evaluate.live_policy import reads_depth, require_contract, require_possible
 from geomcache.stages.evaluate.pictures import filmstrip, video
 from geomcache.stages.evaluate.play import Finished, Play
 from geomcache.stages.evaluate.policy_worker import PolicyWorker
@@ -64,17 +64,18 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
         checkpoint_step=card.step,
         geomcache_version=geomcache.__version__,
         mode="reproducible" if plan.fixed_batch is not None else "throughput",
-        batch_size=plan.batch,
+        batch_size=plan.fixed_batch,
         device=torch.device(plan.device).type,
     )
     journal = Journal(config, conditions, wanted.keys())
-    missing = [episode for key, episode in wanted.items() if key not in journal.done]
-    if not missing:
-        return journal.write_results(finished=True), True
-    with _crew(config, plan, len(missing)) as crew:
+    if len(journal.done) == len(wanted):
+        return journal.standing_results(), True
+    with _crew(config, plan, len(wanted) - len(journal.done)) as crew:
         _load_policy(crew)
         make_folder(config.out)
         with locked_folder(config.out):
+            journal = Journal(config, conditions, wanted.keys())  # another command may have written to it meanwhile
+            missing = [episode for key, episode in wanted.items() if key not in journal.done]
             write_config(config.out, config)
             journal.write_results(finished=False)
             try:
@@ -122,20 +123,7 @@ def _require_beliefs(config: EvalConfig, card: CheckpointCard) -> None:
                 found=f"{believed} (asked for)",
                 fix=f"leave {what} out, or train a policy with it",
             )
-    if config.without_geometry and card.recipe is None:
-        raise InputError(
-            "this policy has no geometry to leave out",
-            expected="a run of another compressor than none",
-            found=str(config.run),
-            fix="leave out without_geometry",
-        )
-    if config.execute_steps > card.policy.dit.horizon:
-        raise InputError(
-            "execute_steps is longer than the policy's action chunk",
-            expected=f"at most {card.policy.dit.horizon}",
-            found=str(config.execute_steps),
-            fix=f"--set execute_steps={card.policy.dit.horizon}",
-        )
+    require_possible(card, execute_steps=config.execute_steps, without_geometry=config.without_geometry)
 
 
 @dataclass(frozen=True)

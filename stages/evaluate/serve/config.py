@@ -9,7 +9,7 @@ from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import InputError
 from geomcache.pipeline.devices import resolve_device
-from geomcache.stages.evaluate.live_policy import LivePolicy, reads_depth, require_contract
+from geomcache.stages.evaluate.live_policy import LivePolicy, reads_depth, require_contract, require_possible
 from geomcache.stages.evaluate.serve.session import require_known_cameras
 from geomcache.stages.train.checkpoint import CheckpointCard, latest_checkpoint, read_card
 
@@ -56,20 +56,7 @@ def load_served_policy(config: ServeConfig) -> LivePolicy:
 
 
 def _require_servable(config: ServeConfig, card: CheckpointCard) -> None:
-    if config.without_geometry and card.recipe is None:
-        raise InputError(
-            "this policy has no geometry to leave out",
-            expected="a run of another compressor than none",
-            found=str(config.run),
-            fix="leave out --without-geometry",
-        )
-    if config.execute_steps > card.policy.dit.horizon:
-        raise InputError(
-            "execute_steps is longer than the policy's action chunk",
-            expected=f"at most {card.policy.dit.horizon}",
-            found=str(config.execute_steps),
-            fix=f"--set execute_steps={card.policy.dit.horizon}",
-        )
+    require_possible(card, execute_steps=config.execute_steps, without_geometry=config.without_geometry)
     require_known_cameras(card.contract)
     arriving = Contract(image_orientation="upright", cameras=card.contract.cameras, has_depth=False)
     require_contract(card, arriving, needs_depth=False)
