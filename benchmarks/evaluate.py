@@ -8,8 +8,9 @@ Keys (above 1: ours is faster):
   two_workers_over_bare_pair  control steps/s, resets included, of two simulator workers and a policy that costs none,
                               over two bare processes that play the same; starting Ray or the processes is in neither
   batched_over_one_by_one     answers/s of the policy at 8 waiting observations, one batch over one by one
-  other_share                 of an episode's time, what is not reset, physics, rendering, encoder, VLM or head
-  seconds                     of the same episode, by part
+  other_share                 of an episode's time, what is not reset, physics, rendering, encoder, VLM or head;
+                              one worker and the policy, each a process
+  seconds                     of an episode, by part
 
 Limits: 4, 0.9, none, 0.05; with --strict exit 1 when one is missed (machines are noisy).
 Without --run a policy is made: one recorded demonstration, Depth-Anything-3 at tiny size, two steps of training.
@@ -125,49 +126,45 @@ def episodes(horizon: int, each: int) -> list[Episode]:
     return [Episode(SUITE, task, state, SEED, horizon) for state in range(each) for task in range(2)]
 
 
-def workers_speed(horizon: int, each: int) -> float:
-    """Control steps per second of two workers, from the end of their first episodes on."""
-    with ray_crew(2, partial(Simulator, SCENE), StandStill, policy_gpus=0, address=None) as crew:
-        ends = [
-            time.perf_counter()
-            for _ in Play(crew, episodes(horizon, each), batch=2, hang_seconds=300).results(lambda: None)
-        ]
+def speed(ends: list[float], horizon: int) -> float:
+    """Control steps per second from the end of the second episode on: until then scenes are built."""
+    ends = sorted(ends)
     return (len(ends) - 2) * horizon / (ends[-1] - ends[1])
 
 
+def workers_speed(horizon: int, each: int) -> float:
+    """Of two workers."""
+    with ray_crew(2, partial(Simulator, SCENE), StandStill, policy_gpus=0, address=None) as crew:
+        found = Play(crew, episodes(horizon, each), batch=2, hang_seconds=300).results(lambda: None)
+        return speed([time.monotonic() for _ in found], horizon)
+
+
 def bare_speed(horizon: int, each: int) -> float:
-    """The same of two processes without Ray or a policy."""
+    """Of two processes without Ray or a policy."""
     context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(3), context.Queue()
-    processes = [
-        context.Process(target=_bare, args=(episodes(horizon, each)[part::2], start, results)) for part in range(2)
-    ]
+    results = context.Queue()
+    parts = [episodes(horizon, each)[part::2] for part in range(2)]
+    processes = [context.Process(target=_bare, args=(part, results)) for part in parts]
     for process in processes:
         process.start()
-    start.wait()
-    started = time.perf_counter()
-    steps = sum(results.get() for _ in processes)
-    elapsed = time.perf_counter() - started
+    ends = [end for _ in processes for end in results.get()]
     for process in processes:
         process.join()
-    return steps / elapsed
+    return speed(ends, horizon)
 
 
-def _bare(own: list[Episode], start: Any, results: Any) -> None:
+def _bare(own: list[Episode], results: Any) -> None:
     env = SCENE.environment(own[0].suite, own[0].task)
-    steps = 0
-    for number, episode in enumerate(own):
-        if number == 1:  # the first builds the scene
-            start.wait()
-            steps = 0
+    ends = []
+    for episode in own:
         env.reset(episode.seed, episode.init_state, SETTLE)
         for _ in range(episode.horizon // CHUNK):
             env.observe()
             for _ in range(CHUNK):
                 env.step(SETTLE_ACTION)
-            steps += CHUNK
         env.observe()
-    results.put(steps)
+        ends.append(time.monotonic())  # one clock for all processes
+    results.put(ends)
     env.close()
 
 
@@ -232,10 +229,13 @@ def batched_over_one_by_one(run: Path) -> float:
 
 
 def episode_shares(run: Path, out: Path, horizon: int) -> tuple[float, dict[str, float]]:
-    config = EvalConfig(run=run, out=out, tasks=(0,), episodes=2, horizon=horizon, workers=0, device="cpu")
+    """With one worker on Ray: transport and waiting are in it. The first episode builds the scene and is left out."""
+    config = EvalConfig(run=run, out=out, tasks=(0,), episodes=3, horizon=horizon, workers=1, device="cpu")
     results, _ = evaluate(config, lambda *_: None)
-    seconds = results.episodes[1].seconds  # the first one builds the scene
-    return seconds.other / seconds.total, {name: round(value, 3) for name, value in seconds.model_dump().items()}
+    counted = [episode.seconds for episode in results.episodes[1:]]
+    sums = {name: sum(getattr(one, name) for one in counted) for name in type(counted[0]).model_fields}
+    share = sum(one.other for one in counted) / sums["total"]
+    return share, {name: round(value / len(counted), 3) for name, value in sums.items()}
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -83,8 +83,8 @@ OPTIONS = {
     "train": "--pack --cache --out --compressor --steps --seed --processes --ablation --describe --config --set --json",
     "diagnose": "RUN --rows --out --json",
     "check": "RUN --episodes --demos --out --device --json",
-    "eval": "RUN --suite --tasks --episodes --seeds --workers --video-fps --out --encoder --cameras "
-    "--image-orientation --config --set --json",
+    "eval": "RUN --suite --tasks --episodes --seeds --workers --video-fps --out --resume --encoder "
+    "--cameras --image-orientation --config --set --json",
     "serve": "RUN --host --port --token --without-geometry --config --set --json",
     "cache ls": "FOLDER --json",
     "cache info": "CACHE --json",

@@ -308,12 +308,20 @@ class LiberoEnv:
         with missing_part_named(), quiet_simulator():
             from libero.libero.envs.env_wrapper import ControlEnv
 
-            env = ControlEnv(
-                bddl_file_name=str(self._task.bddl_path),
-                use_camera_obs=False,
-                has_offscreen_renderer=True,
-                ignore_done=True,
-            )
+            try:
+                env = ControlEnv(
+                    bddl_file_name=str(self._task.bddl_path),
+                    use_camera_obs=False,
+                    has_offscreen_renderer=True,
+                    ignore_done=True,
+                )
+            except RuntimeError as problem:  # of the GL context; the scene itself raises other errors
+                raise InputError(
+                    "the simulator cannot render",
+                    expected="a GL context on this machine",
+                    found=str(problem).splitlines()[0] if str(problem) else type(problem).__name__,
+                    fix="unset MUJOCO_EGL_DEVICE_ID, or try MUJOCO_GL=osmesa (slower, needs no driver)",
+                ) from problem
         try:
             self._require_cameras(env)
         except UnknownName:

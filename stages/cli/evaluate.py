@@ -28,6 +28,7 @@ def evaluate(
         int | None, typer.Option("--video-fps", help="Also a video of each task's first episode, frames a second.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what --out holds, with its own settings.")] = False,
     encoder: Annotated[str | None, typer.Option(help="State which encoder the checkpoint must have.")] = None,
     cameras: Annotated[str | None, typer.Option(help="State the checkpoint's cameras in order, e.g. a,b.")] = None,
     image_orientation: Annotated[str | None, typer.Option(help="State the checkpoint's orientation.")] = None,
@@ -38,8 +39,8 @@ def evaluate(
     """Closed loop: success rate of a policy in the LIBERO simulator, tokens made live by the checkpoint's encoder.
 
     Everything that must match training comes from the checkpoint. --encoder, --cameras and --image-orientation only
-    state what you believe it holds; a difference is refused. The same command continues a stopped evaluation, and adds
-    episodes, tasks or seeds to a finished one. Before hours are spent: geomcache check RUN.
+    state what you believe it holds; a difference is refused. The same command continues a stopped evaluation (so does
+    --resume --out FOLDER), and adds episodes, tasks or seeds to a finished one. First of all: geomcache check RUN.
     """
     from geomcache.configs.load import load_config
     from geomcache.stages.evaluate.config import EvalConfig
@@ -58,6 +59,8 @@ def evaluate(
         "cameras": cameras.split(",") if cameras else None,
         "image_orientation": image_orientation,
     }
+    if resume:
+        config = _settings_of(out, config)
     settings = load_config(EvalConfig, config, sets or [], options)
     with progress_bar(f"evaluating {settings.run.name}") as progress:
         results, stood = run_evaluation(settings, progress)
@@ -68,6 +71,20 @@ def evaluate(
         return
     _show(results)
     typer.echo(f"results and filmstrips: {settings.out}; a page of them: geomcache report {settings.out}")
+
+
+def _settings_of(out: Path | None, config: str | None) -> str:
+    from geomcache.cache_schemas.errors import InputError
+    from geomcache.pipeline.files import CONFIG_NAME
+
+    if out is None or config is not None or not (out / CONFIG_NAME).exists():
+        raise InputError(
+            "there is nothing to resume",
+            expected=f"--out FOLDER with the {CONFIG_NAME} of a stopped evaluation, and no --config",
+            found="no --out" if out is None else "--config" if config is not None else f"no {out / CONFIG_NAME}",
+            fix="leave --resume out to begin",
+        )
+    return str(out / CONFIG_NAME)
 
 
 def _show(results: "EvalResults") -> None:

@@ -55,18 +55,20 @@ class EvalConfig(Schema):
     def _seeds_fit(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if not all(0 <= seed < 2**32 for seed in seeds):
             raise ValueError(f"numpy's seeds go from 0 to 2**32 - 1, not {list(seeds)}")
-        return seeds
+        return tuple(sorted(seeds))  # so that a task's first episode does not depend on how they were given
 
     def identity(self) -> Self:
         """Without where things lie and how they are run; weights are compared by digest.
 
-        ``mode`` and ``batch_size`` stay: they change the last bits of an action. ``seeds``, ``tasks`` and ``episodes``
-        do not: more of them can be added to a finished evaluation.
+        Device, mode and batch size are compared as they were resolved (``Conditions``). Suites, tasks, episodes and
+        seeds are not: more of them can be added to a finished evaluation.
         """
-        fields = ("out", "run", "encoder_config", "workers", "ray_address", "hang_seconds", "video_fps")
+        elsewhere = ("out", "run", "encoder_config", "workers", "ray_address", "hang_seconds", "video_fps")
+        resolved = ("device", "mode", "batch_size", "encoder", "cameras", "image_orientation")
         more = ("suites", "tasks", "episodes", "first_init_state", "seeds")
         defaults = {
-            name: EvalConfig.model_fields[name].get_default(call_default_factory=True) for name in fields + more
+            name: EvalConfig.model_fields[name].get_default(call_default_factory=True)
+            for name in elsewhere + resolved + more
         }
         return self.model_copy(update={**defaults, "out": Path(), "run": Path()})
 

@@ -46,6 +46,13 @@ class Journal:
         if not (config.out / RESULTS_NAME).exists():
             return
         standing = read_results(config.out)
+        if not (config.out / JOURNAL_NAME).exists() and standing.episodes:
+            raise InputError(
+                f"{config.out / JOURNAL_NAME} is gone",
+                expected=f"the {len(standing.episodes)} episodes of {RESULTS_NAME}, a line each",
+                found="no such file",
+                fix="put it back, or choose another --out",
+            )
         self.done = {episode.key: episode for episode in _read_lines(config.out / JOURNAL_NAME)}
         differences = standing.config.identity().describe_difference(config.identity())
         differences += standing.conditions.describe_difference(conditions)

@@ -24,14 +24,20 @@ COLOURS = 8  # --c0 to --c7 of the page's style
 
 def filmstrip(frames: Sequence[NDArray[np.uint8]], path: Path) -> None:
     """Evenly chosen frames [V, H, W, 3] side by side, one line per view; the last frame is always there."""
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _FILMSTRIP_FRAMES)).astype(int))
+    chosen = evenly(frames)
     views, height, width, _ = frames[0].shape
     strip = np.full((views * (height + _GAP) - _GAP, len(chosen) * (width + _GAP) - _GAP, 3), 255, dtype=np.uint8)
-    for column, number in enumerate(chosen):
+    for column, frame in enumerate(chosen):
         for view in range(views):
             top, left = view * (height + _GAP), column * (width + _GAP)
-            strip[top : top + height, left : left + width] = frames[number][view]
+            strip[top : top + height, left : left + width] = frame[view]
     write_atomic(path, png(strip))
+
+
+def evenly(frames: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """Those that a filmstrip shows; a choice of them is the same again."""
+    last = len(frames) - 1
+    return [frames[n] for n in np.unique(np.linspace(0, last, min(len(frames), _FILMSTRIP_FRAMES)).astype(int))]
 
 
 def video(frames: Sequence[NDArray[np.uint8]], path: Path, fps: int) -> None:
@@ -69,8 +75,11 @@ def webp_uri(path: Path) -> str:
         OSError: it cannot be read.
     """
     buffer = io.BytesIO()
-    with Image.open(path) as image:
-        image.convert("RGB").save(buffer, "WEBP", quality=_WEBP_QUALITY)
+    try:
+        with Image.open(path) as image:
+            image.convert("RGB").save(buffer, "WEBP", quality=_WEBP_QUALITY)
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as problem:  # Pillow's, of damaged files
+        raise OSError(f"{path} is no picture") from problem
     return data_uri(buffer.getvalue(), "image/webp")
 
 
@@ -132,7 +141,7 @@ def curves_picture(runs: Mapping[str, Sequence[dict[str, Any]]]) -> bytes:
         steps = [step for step, _ in training]
         color = f"C{number % 10}"
         axis.plot(steps, [loss for _, loss in training], color=color, linewidth=0.6, alpha=0.3)
-        axis.plot(steps, _smoothed([loss for _, loss in training]), color=color, linewidth=1.4, label=name)
+        axis.plot(steps, _smoothed([loss for _, loss in training]), color=color, linewidth=1.4, label=_plain(name))
         if validation:
             axis.plot(
                 *zip(*validation, strict=True), color=color, linewidth=1.2, linestyle=":", marker="o", markersize=3
@@ -146,6 +155,11 @@ def curves_picture(runs: Mapping[str, Sequence[dict[str, Any]]]) -> bytes:
     figure.savefig(buffer, dpi=110)
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it: no formulas between dollars, and no leading underscore, which hides it."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

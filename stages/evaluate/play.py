@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from geomcache.cache_schemas.errors import GeomcacheError, InputError
 from geomcache.pipeline.frames import Observation
@@ -14,6 +15,7 @@ from geomcache.stages.evaluate.simulator import Episode, Played, Turn
 
 _LOOK_SECONDS = 1.0
 _START_SECONDS = 120.0  # beside ``hang_seconds``: for a new process, its imports and its first scene
+POLICY_SECONDS = 900.0  # for loading weights, or for one answer; a large policy on a CPU is slow
 _TRIES = 3  # of one episode whose simulators break; then it is left out
 _BREAKS_IN_A_ROW = 3  # without a turn in between: something is wrong with every simulator
 
@@ -35,7 +37,7 @@ class _Playing:
 
     episode: Episode
     started: float
-    asked: float  # since when its simulator owes an answer
+    asked: float  # since when its simulator owes an answer, by the clock of listening
     queries: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("encoder", "vlm", "head"), 0.0))
 
@@ -59,6 +61,8 @@ class Play:
         self._started: set[int] = set()  # those that have answered since their process began
         self._waiting: deque[tuple[int, Observation]] = deque()  # for the policy
         self._asked: list[tuple[int, _Playing]] = []  # whom the policy is answering
+        self._policy_asked = 0.0  # since when
+        self._listened = 0.0  # seconds; a clock that stands still while nobody listens, so a pause is no hang
         self._breaks: dict[Episode, list[str]] = {}
         self._breaks_in_a_row = 0
 
@@ -72,7 +76,10 @@ class Play:
         while self._todo or self._playing:
             self._hand_out()
             self._ask_policy()
-            for who, answer in self._crew.answers(_LOOK_SECONDS):
+            began = time.monotonic()
+            answers = self._crew.answers(_LOOK_SECONDS)
+            self._listened += min(time.monotonic() - began, 2 * _LOOK_SECONDS)  # more: the process was stopped
+            for who, answer in answers:
                 if who == POLICY:
                     self._take_answer(answer)
                 elif isinstance(answer, Broken):
@@ -99,8 +106,7 @@ class Play:
         while self._idle and self._todo:
             who = self._idle.popleft()
             episode = self._choose(who)
-            now = time.monotonic()
-            self._playing[who] = _Playing(episode, started=now, asked=now)
+            self._playing[who] = _Playing(episode, started=time.monotonic(), asked=self._listened)
             self._last_task[who] = episode.suite, episode.task
             self._crew.call(who, "begin", episode)
 
@@ -120,6 +126,7 @@ class Play:
             return
         chosen = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
         self._asked = [(who, self._playing[who]) for who, _ in chosen]
+        self._policy_asked = self._listened
         seeds = [
             noise_seed(
                 one.episode.seed, f"{one.episode.suite}/{one.episode.task}/{one.episode.init_state}", one.queries
@@ -128,21 +135,14 @@ class Play:
         ]
         self._crew.call(POLICY, "act", [observation for _, observation in chosen], seeds)
 
-    def _take_answer(self, answer: Answer | Exception) -> None:
-        if isinstance(answer, Broken):
-            raise InputError(
-                "the policy's process died",
-                found=str(answer),
-                fix="run the same command again, it continues; out of memory? fewer --workers or --set batch_size=1",
-            )
-        if isinstance(answer, Exception):
-            raise answer
+    def _take_answer(self, given: Answer | Exception) -> None:
+        answer: Answer = answered(given)
         asked, self._asked = self._asked, []
         for (who, playing), chunk_TA in zip(asked, answer.chunks_BTA, strict=True):
             for part, seconds in answer.seconds.items():
                 playing.seconds[part] += seconds / len(asked)
             playing.queries += 1
-            playing.asked = time.monotonic()
+            playing.asked = self._listened
             self._crew.call(who, "advance", chunk_TA)
 
     def _take_turn(self, who: int, turn: Turn) -> Finished | None:
@@ -162,9 +162,11 @@ class Play:
         return self._playing.keys() - {who for who, _ in self._waiting} - {who for who, _ in self._asked}
 
     def _replace_hung(self) -> None:
+        if self._asked and self._listened - self._policy_asked > POLICY_SECONDS:
+            raise policy_silent("does not answer", "")
         for who in self._owing() if self._crew.can_replace else ():
             limit = self._hang + (0.0 if who in self._started else _START_SECONDS)
-            if time.monotonic() - self._playing[who].asked > limit:
+            if self._listened - self._playing[who].asked > limit:
                 self._replace(who, f"no answer for {limit:g} s")
 
     def _replace(self, who: int, said: str) -> None:
@@ -190,3 +192,27 @@ class Play:
             fix="memory (dmesg) and the graphics driver are the usual causes (MUJOCO_GL=osmesa renders without one), "
             "--set hang_seconds=... helps a slow machine; the same command continues with what is finished",
         )
+
+
+def answered(answer: Any) -> Any:
+    """What the policy answered; its error, raised."""
+    if isinstance(answer, Broken):
+        raise InputError(
+            "the policy failed",
+            expected="an answer",
+            found=str(answer),
+            fix="run the same command again, it continues; out of memory? fewer --workers or --set batch_size=1",
+        )
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def policy_silent(what: str, found: str) -> InputError:
+    """It owes an answer for too long."""
+    return InputError(
+        f"the policy {what}",
+        expected=f"within {POLICY_SECONDS:.0f} s",
+        found=found or "nothing",
+        fix="ray status says whether the cluster has room; the same command continues with what is finished",
+    )

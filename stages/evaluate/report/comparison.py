@@ -27,6 +27,8 @@ from geomcache.stages.evaluate.statistics import (
 
 FEWEST_SEEDS = 3  # for an interval over them
 
+Arm = tuple[str, str | None]  # what was trained, and the digest of the other settings
+
 
 class Pairs(Schema):
     """How the pairs of A and B ended."""
@@ -114,19 +116,30 @@ def compare(evaluations: Sequence[Evaluation]) -> tuple[Comparison, ...]:
 
 def compare_training_seeds(evaluations: Sequence[Evaluation]) -> tuple[TrainingSeeds, ...]:
     """For every arm that was trained with at least 3 seeds, as was the baseline's: the difference over those seeds."""
-    arms: dict[str, dict[int, Evaluation]] = {}
+    arms: dict[Arm, dict[int, Evaluation]] = {}  # other steps or data make another arm
     for each in evaluations:
         if each.policy is not None and each.policy.training_seed is not None:
-            arms.setdefault(each.arm, {}).setdefault(each.policy.training_seed, each)
-    baseline = evaluations[0].arm
+            arms.setdefault(_arm(each), {}).setdefault(each.policy.training_seed, each)
+    baseline = _arm(evaluations[0])
     found = []
     for arm, trained in arms.items():
         seeds = sorted(trained.keys() & arms.get(baseline, {}).keys())
         if arm != baseline and len(seeds) >= FEWEST_SEEDS:
             values = [_count(_paired(arms[baseline][seed], trained[seed])).difference for seed in seeds]
             mean, low, high = mean_interval(values)
-            found.append(TrainingSeeds(a=baseline, b=arm, seeds=tuple(seeds), mean=mean, low=low, high=high))
+            a, b = (_arm_name(one, arms) for one in (baseline, arm))
+            found.append(TrainingSeeds(a=a, b=b, seeds=tuple(seeds), mean=mean, low=low, high=high))
     return tuple(found)
+
+
+def _arm_name(arm: Arm, arms: Mapping[Arm, Mapping[int, Evaluation]]) -> str:
+    """With a run's name where the same arm was trained with other settings too."""
+    alike = [one for one in arms if one[0] == arm[0]]
+    return arm[0] if len(alike) == 1 else f"{arm[0]} as {next(iter(arms[arm].values())).name}"
+
+
+def _arm(evaluation: Evaluation) -> Arm:
+    return evaluation.arm, evaluation.policy.settings if evaluation.policy is not None else None
 
 
 def name_episodes(keys: Iterable[EpisodeKey]) -> list[str]:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from geomcache.cache_schemas.errors import ConfigError, InputError
+from geomcache.cache_schemas.errors import ConfigError, InputError, SchemaTooNew
+from geomcache.cache_schemas.fingerprint import digest_json
 from geomcache.pipeline.files import CONFIG_NAME
 from geomcache.stages.evaluate.results import RESULTS_NAME, EpisodeKey, EpisodeResult, EvalResults, read_results
 from geomcache.stages.train.checkpoint import (
@@ -27,6 +28,7 @@ class PolicyKind:
     compressor: str  # "none" without geometry
     encoder: str | None
     training_seed: int | None  # None: the run's config.yaml cannot be read
+    settings: str | None = None  # digest of that file's settings, less the seed and the folder
 
     @property
     def arm(self) -> str:
@@ -139,16 +141,23 @@ def _name(folder: Path) -> str:
 def _run_of(folder: Path, results: EvalResults) -> tuple[Path | None, CheckpointCard | None]:
     """The run and checkpoint that were evaluated: where results.json says, else where they lie beside each other."""
     for path in (results.config.run, folder.parent, folder.parent.parent / "train" / folder.name):
-        for checkpoint in [path] if (path / "card.json").exists() else reversed(checkpoints_of(path)):
-            card = read_card(checkpoint)
-            if weights_digest(card) == results.conditions.checkpoint_weights:
-                return latest_checkpoint(checkpoint).parent.parent, card
+        try:
+            for checkpoint in [path] if (path / "card.json").exists() else reversed(checkpoints_of(path)):
+                card = read_card(checkpoint)
+                if weights_digest(card) == results.conditions.checkpoint_weights:
+                    return latest_checkpoint(checkpoint).parent.parent, card
+        except (OSError, InputError, SchemaTooNew):  # another user's folder, or damaged since: as if it were not there
+            continue
     return None, None
 
 
 def _kind(run: Path, card: CheckpointCard) -> PolicyKind:
     try:
-        seed = read_config(run).seed if (run / CONFIG_NAME).exists() else None
+        config = read_config(run) if (run / CONFIG_NAME).exists() else None
     except ConfigError:  # of another version of geomcache
-        seed = None
-    return PolicyKind(card.policy.compressor, card.recipe.encoder.name if card.recipe else None, seed)
+        config = None
+    encoder = card.recipe.encoder.name if card.recipe else None
+    if config is None:
+        return PolicyKind(card.policy.compressor, encoder, None)
+    rest = config.model_dump(mode="json", exclude={"seed", "out"})
+    return PolicyKind(card.policy.compressor, encoder, config.seed, digest_json(rest))

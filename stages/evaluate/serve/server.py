@@ -164,7 +164,7 @@ class PolicyServer:
                 if reply is not None:
                     await asyncio.wait_for(connection.send(reply), self._config.idle_seconds)
         except ConnectionClosed as closed:
-            return "left" if closed.rcvd is not None and closed.rcvd.code in (1000, 1001) else f"lost: {closed}"
+            return "left" if closed.rcvd is not None and closed.rcvd.code in (1000, 1001) else f"lost: {closed!r}"
         except TimeoutError:
             problem = f"idle for {self._config.idle_seconds:g} s"
         except GeomcacheError as refusal:

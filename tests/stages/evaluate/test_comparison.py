@@ -136,6 +136,11 @@ def test_arms_trained_with_three_seeds_are_compared_over_them() -> None:
     assert (found.a, found.b, found.seeds) == ("none", "pool of xfeat", (0, 1, 2))
     assert (found.mean, found.low, found.high) == pytest.approx((0.4, 0.4 - 0.2484, 0.4 + 0.2484), abs=1e-4)
     assert compare_training_seeds(arms[:1]) == ()
+    longer = [made(f"longer{seed}", ALL, PolicyKind("pool", "xfeat", seed, "other steps")) for seed in wins]
+    assert [(one.b, one.mean) for one in compare_training_seeds([*arms, *longer])] == [
+        ("pool of xfeat as pool0", pytest.approx(0.4)),
+        ("pool of xfeat as longer0", pytest.approx(1.0)),
+    ]
 
 
 @pytest.mark.parametrize(
