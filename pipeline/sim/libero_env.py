@@ -17,7 +17,10 @@ Non-obvious:
 
 import atexit
 import contextlib
+import gc
 import os
+import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -316,12 +319,14 @@ class LiberoEnv:
                     ignore_done=True,
                 )
             except RuntimeError as problem:  # of the GL context; the scene itself raises other errors
+                said = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+                _free_quietly(problem)
                 raise InputError(
                     "the simulator cannot render",
                     expected="a GL context on this machine",
-                    found=str(problem).splitlines()[0] if str(problem) else type(problem).__name__,
+                    found=said,
                     fix="unset MUJOCO_EGL_DEVICE_ID, or try MUJOCO_GL=osmesa (slower, needs no driver)",
-                ) from problem
+                ) from None
         try:
             self._require_cameras(env)
         except UnknownName:
@@ -351,6 +356,16 @@ class LiberoEnv:
 def _close_all() -> None:
     for env in list(_open_environments):
         env.close()
+
+
+def _free_quietly(problem: Exception) -> None:
+    """Free what was half made; robosuite's finalisers complain about it with tracebacks that say nothing new."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(problem.__traceback__)
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

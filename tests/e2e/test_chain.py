@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -284,13 +286,21 @@ def test_simulators_that_die_or_hang_are_replaced_and_change_nothing(
     ).read_bytes()
 
 
-def test_a_renderer_that_cannot_start_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once; what was played before stays valid."""
+def test_a_renderer_that_cannot_start_is_named(folder: Path, tmp_path: Path) -> None:
+    """At once, with exit 2; what was played before stays valid, and says how to continue."""
     shutil.copytree(folder / "elsewhere", tmp_path / "eval")
-    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "7")  # a GPU that is not there
-    with pytest.raises(InputError, match="the simulator cannot render") as caught:
-        evaluation.run(_eval_config(folder, out=tmp_path / "eval", episodes=4), nothing)
-    assert "MUJOCO_EGL_DEVICE_ID" in str(caught.value)
+    command = [sys.executable, "-m", "geomcache.stages.cli.app", "eval", "--resume", "--out", str(tmp_path / "eval")]
+    ended = subprocess.run(
+        [*command, "--episodes", "4"],
+        env={**os.environ, "MUJOCO_EGL_DEVICE_ID": "7"},  # a GPU that is not there
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "error: the simulator cannot render" in ended.stderr
+    assert "MUJOCO_EGL_DEVICE_ID" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert read_results(tmp_path / "eval").overall.episodes == 2
 
 
