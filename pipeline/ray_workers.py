@@ -259,6 +259,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[Any]:
     """Ray for the length of a block: an existing cluster by address, or a local one on loopback with these CPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # it takes SIGTERM and Python's fault handler away
     import ray
 
     if ray.is_initialized():

@@ -27,7 +27,7 @@ def evaluate(
     video: Annotated[
         int | None, typer.Option("--video-fps", help="Also a video of each task's first episode, frames a second.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: RUN/eval.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what --out holds, with its own settings.")] = False,
     encoder: Annotated[str | None, typer.Option(help="State which encoder the checkpoint must have.")] = None,
     cameras: Annotated[str | None, typer.Option(help="State the checkpoint's cameras in order, e.g. a,b.")] = None,
@@ -59,6 +59,8 @@ def evaluate(
         "cameras": cameras.split(",") if cameras else None,
         "image_orientation": image_orientation,
     }
+    if out is None and config is None and run is not None and not any(one.startswith("out=") for one in sets or []):
+        options["out"] = run / "eval"
     if resume:
         config = _settings_of(out, config)
     settings = load_config(EvalConfig, config, sets or [], options)

@@ -75,9 +75,8 @@ class RayCrew:
 
     def __init__(self, ray: Any, simulators: int, make_simulator: Make, make_policy: Make, policy_gpus: float) -> None:
         self._ray, self.simulators = ray, simulators
-        self._make_simulator = make_simulator
-        self._actors = {who: self._started(make_simulator, 0.0) for who in range(simulators)}
-        self._actors[POLICY] = self._started(make_policy, policy_gpus)
+        self._makes = {**dict.fromkeys(range(simulators), (make_simulator, 0.0)), POLICY: (make_policy, policy_gpus)}
+        self._actors = {who: self._started(*how) for who, how in self._makes.items()}
         self._calls: dict[Any, int] = {}  # reference -> who
 
     def call(self, who: int, method: str, *arguments: Any) -> None:
@@ -94,10 +93,10 @@ class RayCrew:
         return [(self._calls.pop(reference), self._value(reference)) for reference in ready]
 
     def replace(self, who: int) -> None:
-        """End a simulator's process, hung or dead, and start another."""
+        """End a process, hung or dead, and start another."""
         self._ray.kill(self._actors[who])
         self._calls = {reference: whose for reference, whose in self._calls.items() if whose != who}
-        self._actors[who] = self._started(self._make_simulator, 0.0)
+        self._actors[who] = self._started(*self._makes[who])
 
     def close(self) -> None:
         """End every process."""

@@ -13,6 +13,7 @@ from geomcache.pipeline.files import atomic_writer, write_all, write_atomic
 from geomcache.pipeline.sim import suites
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.evaluate.results import (
+    EVALUATION_NAME,
     JOURNAL_NAME,
     PARQUET_NAME,
     RESULTS_NAME,
@@ -20,6 +21,7 @@ from geomcache.stages.evaluate.results import (
     EpisodeKey,
     EpisodeResult,
     EvalResults,
+    Evaluation,
     Success,
     SuiteResult,
     read_results,
@@ -43,20 +45,28 @@ class Journal:
         self._config, self._conditions = config, conditions
         self._size: int | None = None  # bytes of whole lines in the journal
         self.done: dict[EpisodeKey, EpisodeResult] = {}
-        if not (config.out / RESULTS_NAME).exists():
+        if not (config.out / EVALUATION_NAME).exists():
             return
-        standing = read_results(config.out)
-        if not (config.out / JOURNAL_NAME).exists() and standing.episodes:
+        standing = Evaluation.read(config.out / EVALUATION_NAME, InputError)
+        results = _readable_results(config.out)
+        if results is not None and results.episodes and not (config.out / JOURNAL_NAME).exists():
             raise InputError(
                 f"{config.out / JOURNAL_NAME} is gone",
-                expected=f"the {len(standing.episodes)} episodes of {RESULTS_NAME}, a line each",
+                expected=f"the {len(results.episodes)} episodes of {RESULTS_NAME}, a line each",
                 found="no such file",
                 fix="put it back, or choose another --out",
             )
         self.done = {episode.key: episode for episode in _read_lines(config.out / JOURNAL_NAME)}
         differences = standing.config.identity().describe_difference(config.identity())
         differences += standing.conditions.describe_difference(conditions)
-        differences += [f"{len(extra)} episodes more"] if (extra := self.done.keys() - wanted) else []
+        extra = self.done.keys() - wanted
+        if extra and not differences:
+            raise InputError(
+                f"{config.out} holds what is asked for, and {len(extra)} episodes more",
+                expected="at least the suites, tasks, episodes and seeds that were played",
+                found=f"fewer: {len(wanted)} episodes",
+                fix=f"geomcache report {config.out} shows them all; or choose another --out",
+            )
         if differences and self.done:
             raise InputError(
                 f"{config.out} holds results of another evaluation",
@@ -65,6 +75,12 @@ class Journal:
                 found="; ".join(differences),
                 fix="choose another --out",
             )
+
+    def begin(self) -> None:
+        """Write down which evaluation this is; the folder is there."""
+        record = Evaluation(config=self._config, conditions=self._conditions)
+        write_atomic(self._config.out / EVALUATION_NAME, record.model_dump_json(indent=2))
+        self.write_results(finished=False)
 
     def add(self, episode: EpisodeResult) -> None:
         """Append an episode; it is on the disk when this returns."""
@@ -91,8 +107,8 @@ class Journal:
 
     def standing_results(self) -> EvalResults:
         """Of a finished evaluation, written anew only where a kill came before that."""
-        standing = read_results(self._config.out)
-        if standing.finished and len(standing.episodes) == len(self.done):
+        standing = _readable_results(self._config.out)
+        if standing is not None and standing.finished and len(standing.episodes) == len(self.done):
             return standing
         return self.write_results(finished=True)
 
@@ -120,6 +136,14 @@ class Journal:
         _write_parquet(config.out / PARQUET_NAME, episodes)
         write_atomic(config.out / RESULTS_NAME, results.model_dump_json(indent=2))
         return results
+
+
+def _readable_results(folder: Path) -> EvalResults | None:
+    """None where there are none, or damaged ones: they are made again of the journal."""
+    try:
+        return read_results(folder) if (folder / RESULTS_NAME).exists() else None
+    except InputError:
+        return None
 
 
 def _read_lines(path: Path) -> list[EpisodeResult]:

@@ -16,6 +16,7 @@ from geomcache.stages.evaluate.simulator import Episode, Played, Turn
 _LOOK_SECONDS = 1.0
 _START_SECONDS = 120.0  # beside ``hang_seconds``: for a new process, its imports and its first scene
 POLICY_SECONDS = 900.0  # for loading weights, or for one answer; a large policy on a CPU is slow
+_POLICY_DEATHS = 2  # in a row that are made good
 _TRIES = 3  # of one episode whose simulators break; then it is left out
 _BREAKS_IN_A_ROW = 3  # without a turn in between: something is wrong with every simulator
 
@@ -61,7 +62,9 @@ class Play:
         self._started: set[int] = set()  # those that have answered since their process began
         self._waiting: deque[tuple[int, Observation]] = deque()  # for the policy
         self._asked: list[tuple[int, _Playing]] = []  # whom the policy is answering
+        self._questions: list[tuple[int, Observation]] = []  # what it was asked
         self._policy_asked = 0.0  # since when
+        self._policy_deaths = 0  # in a row
         self._listened = 0.0  # seconds; a clock that stands still while nobody listens, so a pause is no hang
         self._breaks: dict[Episode, list[str]] = {}
         self._breaks_in_a_row = 0
@@ -125,7 +128,7 @@ class Play:
         if self._asked or not self._waiting:
             return
         chosen = [self._waiting.popleft() for _ in range(min(self._batch, len(self._waiting)))]
-        self._asked = [(who, self._playing[who]) for who, _ in chosen]
+        self._questions, self._asked = chosen, [(who, self._playing[who]) for who, _ in chosen]
         self._policy_asked = self._listened
         seeds = [
             noise_seed(
@@ -136,7 +139,15 @@ class Play:
         self._crew.call(POLICY, "act", [observation for _, observation in chosen], seeds)
 
     def _take_answer(self, given: Answer | Exception) -> None:
+        if isinstance(given, Broken) and self._policy_deaths < _POLICY_DEATHS:
+            # A new one loads the weights, and is asked the same; noise belongs to the query, so nothing changes.
+            self._policy_deaths += 1
+            self._crew.replace(POLICY)
+            self._waiting.extendleft(reversed(self._questions))
+            self._asked = []
+            return
         answer: Answer = answered(given)
+        self._policy_deaths = 0
         asked, self._asked = self._asked, []
         for (who, playing), chunk_TA in zip(asked, answer.chunks_BTA, strict=True):
             for part, seconds in answer.seconds.items():
@@ -189,8 +200,9 @@ class Play:
             what,
             expected=f"at most {_TRIES - 1} broken simulators over one episode",
             found=f"{episode.suite} task {episode.task}, initial state {episode.init_state}: {said[-1]}",
-            fix="memory (dmesg) and the graphics driver are the usual causes (MUJOCO_GL=osmesa renders without one), "
-            "--set hang_seconds=... helps a slow machine; the same command continues with what is finished",
+            fix="memory (dmesg), the graphics driver (MUJOCO_GL=osmesa needs none) and Ray itself are the usual "
+            "causes, --set hang_seconds=... helps a slow machine; the same command continues with what is "
+            "finished",
         )
 
 
@@ -201,7 +213,8 @@ def answered(answer: Any) -> Any:
             "the policy failed",
             expected="an answer",
             found=str(answer),
-            fix="run the same command again, it continues; out of memory? fewer --workers or --set batch_size=1",
+            fix="the same command continues; if memory ran out: other programs of the machine, fewer --workers, "
+            "--set batch_size=1",
         )
     if isinstance(answer, Exception):
         raise answer

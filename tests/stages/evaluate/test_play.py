@@ -129,6 +129,28 @@ def test_a_pause_of_this_process_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> 
     assert (done, crew.replaced) == (12, [])
 
 
+def test_a_policy_that_dies_is_started_again_and_asked_the_same() -> None:
+    crew, wanted = Turns(2), episodes()
+    plain = Turns(2)
+    play(plain, wanted)
+    inner, deaths = crew._answer, iter([2, 5, 6])
+    dies = next(deaths)
+
+    def answer(who: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        nonlocal dies
+        found = inner(who, method, arguments)
+        if who == POLICY and len(crew.asked) == dies:
+            dies = next(deaths, -1)
+            return Broken("killed")
+        return found
+
+    crew._answer = answer  # type: ignore[method-assign]
+    assert len(play(crew, wanted)) == len(wanted)
+    assert crew.replaced == [POLICY] * 3
+    assert {tuple(asked) for asked in crew.asked} == {tuple(asked) for asked in plain.asked}
+    assert len(crew.asked) == len(plain.asked) + 3
+
+
 @pytest.mark.parametrize(("answer", "said"), [(Broken("killed"), "killed"), (InputError("no such weights"), "weights")])
 def test_the_policys_error_ends_it(answer: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     crew = Turns(1)
