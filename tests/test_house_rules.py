@@ -82,7 +82,7 @@ OPTIONS = {
     "--rows --assume-tflops --unlock --config --set --json",
     "train": "--pack --cache --out --compressor --steps --seed --processes --ablation --describe --config --set --json",
     "diagnose": "RUN --rows --out --json",
-    "check": "RUN --episodes --demos --out --device --json",
+    "check": "RUN --episodes --demos --out --device --set --json",
     "eval": "RUN --suite --tasks --episodes --seeds --workers --video-fps --out --resume --encoder "
     "--cameras --image-orientation --config --set --json",
     "serve": "RUN --host --port --token --without-geometry --config --set --json",

@@ -37,11 +37,13 @@ from geomcache.stages.evaluate.check.scene import (
     settle_steps_of,
 )
 from geomcache.stages.evaluate.config import EvalConfig
+from geomcache.stages.train.normalise import CONSTANT_SPREAD
 
 Array = NDArray[np.floating]
 EXECUTE_STEPS: int = EvalConfig.model_fields["execute_steps"].default
 DECODING_TOLERANCE = 1e-5  # action units; float32's rounding is a hundredth of it
 _FULL_SCALE = np.array([0.05] * 3 + [0.5] * 3)  # m, rad of an action of 1
+_LEAST_SCALE = 1e-3  # of other statistics over the right ones; zeroed or negative numbers are something else
 _CLOCK_TOLERANCE = 0.01  # of a control step
 _HALF = 0.5  # of the deviation: what an undone fault may leave, at most
 _LEAST_MOTION = 0.02  # m over an episode; fingers that stand still would make much of nothing
@@ -61,7 +63,6 @@ def check_decoding(run: OpenedRun, episode: StoredEpisode) -> tuple[Finding, Arr
     assert batch.actions_BTA is not None
     normalised = batch.actions_BTA.numpy()[:, :execute].reshape(-1, batch.actions_BTA.shape[-1])[: len(episode)]
     decoded_TA, packed_TA = run.policy.decode(normalised), episode.actions_TA
-    error = float(np.abs(decoded_TA - packed_TA).max())
     compared = f"{len(steps)} chunks, normalised by training and decoded by the live path, with the packed actions"
     if (low := packed_TA[:, 6].min()) >= 0.0 and np.ptp(packed_TA[:, 6]) > 0.0:
         found = f"the packed gripper runs from {low:g} to {packed_TA[:, 6].max():g}"
@@ -69,6 +70,9 @@ def check_decoding(run: OpenedRun, episode: StoredEpisode) -> tuple[Finding, Arr
     if is_absolute(packed_TA, episode.states_TS):
         found = f"row 0: {_numbers(packed_TA[0])}, which is where the hand is, in every row"
         return failed("actions", compared, "deltas, 1 = 0.05 m and 0.5 rad", found, ABSOLUTE), decoded_TA
+    if run.config.gripper == "binarise":  # as Normaliser does both ways; numbers in between do not come back
+        packed_TA = _with_gripper(packed_TA, np.where(packed_TA[:, 6:] > 0.0, 1.0, -1.0).astype(packed_TA.dtype))
+    error = float(np.abs(decoded_TA - packed_TA).max())
     if error <= DECODING_TOLERANCE:
         expected = f"at most {DECODING_TOLERANCE:g}"
         return passed("actions", compared, f"largest difference {error:.2g}", expected), decoded_TA
@@ -79,34 +83,38 @@ def check_decoding(run: OpenedRun, episode: StoredEpisode) -> tuple[Finding, Arr
 
 
 def _explain_decoding(run: OpenedRun, normalised: Array, decoded: Array, packed: Array) -> str | None:
-    def gripper(actions: Array, factor: float, offset: float) -> Array:
-        return np.concatenate([actions[:, :6], factor * actions[:, 6:] + offset], axis=1)
-
     errors = {
-        GRIPPER_SIGN: _mean(gripper(packed, -1.0, 0.0) - decoded),
-        GRIPPER_RANGE: min(_mean(gripper(packed, factor, 0.5) - decoded) for factor in (0.5, -0.5)),
+        GRIPPER_SIGN: _mean(_with_gripper(packed, -packed[:, 6:]) - decoded),
+        GRIPPER_RANGE: min(
+            _mean(_with_gripper(packed, factor * packed[:, 6:] + 0.5) - decoded) for factor in (0.5, -0.5)
+        ),
         SHIFTED: min(_mean(packed[1:] - decoded[:-1]), _mean(packed[:-1] - decoded[1:])),
     }
-    trained = run.config.normalisation
+    # The gripper has no statistics.
+    trained, motion, of_modes = run.config.normalisation, decoded[:, :6], {}
     for mode in MODES:
         if mode != trained:
             read = np.clip(run.fitted(mode).denormalise_actions(normalised), -1.0, 1.0)
-            errors[statistics_read_as(trained, mode)] = _mean(read - decoded)
-    fault = explanation(errors, _mean(packed - decoded))
-    return fault or (OTHER_STATISTICS if _is_affine(packed, decoded) else None)
+            of_modes[statistics_read_as(trained, mode)] = _mean(read[:, :6] - motion)
+    fault = explanation(errors, _mean(packed - decoded)) or explanation(of_modes, _mean(packed[:, :6] - motion))
+    grips = float(np.abs(packed[:, 6] - decoded[:, 6]).max()) <= DECODING_TOLERANCE
+    return fault or (OTHER_STATISTICS if grips and _is_affine(packed, decoded) else None)
 
 
 def _is_affine(packed: Array, decoded: Array) -> bool:
     """Whether each dimension of the motion is another scale and offset of what it should be, where it is not cut."""
+    told = 0
     for dim in range(6):
         whole = np.abs(decoded[:, dim]) < 1.0
         x, y = packed[whole, dim].astype(np.float64), decoded[whole, dim].astype(np.float64)
-        if len(x) < 3:
+        if len(x) < 3 or np.ptp(x) < CONSTANT_SPREAD:
             continue
         design = np.stack([x, np.ones_like(x)], axis=1)
-        if np.abs(design @ np.linalg.lstsq(design, y, rcond=None)[0] - y).max() > DECODING_TOLERANCE:
+        line = np.linalg.lstsq(design, y, rcond=None)[0]
+        if line[0] < _LEAST_SCALE or np.abs(design @ line - y).max() > DECODING_TOLERANCE:
             return False
-    return True
+        told += 1
+    return told > 0
 
 
 def check_replay(
@@ -126,18 +134,25 @@ def check_replay(
     """
     episode, stored_TS = scene.episode, scene.episode.states_TS
     actions_TA = decoded_TA if decoded_whole else episode.actions_TA
+    what = "decoded actions" if decoded_whole else "packed actions"
     if scene.executed_TA is not None:
-        actions_TA = scene.executed_TA
-    what = "decoded" if decoded_whole else "packed"
-    compared = f"{what} actions of {episode.where}, executed in the simulator, with the packed states and the goal"
+        actions_TA, what = scene.executed_TA, "the file's executed actions"
+    compared = f"{what} of {episode.where}, executed in the simulator, with the packed states and the goal"
     expected = f"success, and states within {STATE_TOLERANCE:g} m, rad"
     found = replay(scene, actions_TA, steps)
     wanted_seconds = 1.0 / control_rate_hz
     if abs(found.seconds_per_step - wanted_seconds) > _CLOCK_TOLERANCE * wanted_seconds:
         told = f"{found.seconds_per_step:.3f} s of simulated time a step"
         return failed("actions", compared, f"{wanted_seconds:.3f} s", told, CONTROL_RATE), found
-    if _follows(found, stored_TS) and found.success:
-        return passed("actions", compared, _told(found, stored_TS), expected), found
+    if _follows(found, stored_TS):
+        if scene.executed_TA is not None and (wrong := _labels(episode.actions_TA, scene.executed_TA)) is not None:
+            compared = f"packed actions of {episode.where} with the file's executed ones"
+            return failed("actions", compared, "the same but for noise of the motion", *wrong), found
+        if found.success:
+            return passed("actions", compared, _told(found, stored_TS), expected), found
+        text = f"{_told(found, stored_TS)}; the demonstration does not reach its goal here"
+        fix = "try others: --episodes N; if none reaches its goal, record them again: geomcache demos --replay SOURCE"
+        return failed("actions", compared, expected, text, None, fix), found
     at_start = bool(np.abs(found.states_TS[0] - stored_TS[0]).max() <= START_TOLERANCE)
     settled = settle_steps_of(scene, stored_TS[0]) if not at_start else None
     if not at_start and settled is None and found.success:
@@ -147,7 +162,8 @@ def check_replay(
         told = f"row 0 is what {settled} settling steps lead to"
         suggestions = [_Undoing(SETTLING, actions_TA, told, settle_steps=settled)]
     else:
-        suggestions = _suggestions(actions_TA, stored_TS, found.states_TS) if at_start else []
+        hand_at_start = bool(np.abs(found.states_TS[0] - stored_TS[0])[:3].max() <= START_TOLERANCE)
+        suggestions = _suggestions(actions_TA, stored_TS, found.states_TS) if hand_at_start else []
     found.follows = False
     for undoing in suggestions:
         better = replay(scene, undoing.actions_TA, steps, repeats=undoing.repeats, settle_steps=undoing.settle_steps)
@@ -161,6 +177,26 @@ def check_replay(
         fix = "record it again here: geomcache demos --replay SOURCE; or demonstrations of your own: geomcache demos"
         return impossible("actions", compared, why, fix), found
     return failed("actions", compared, expected, _told(found, stored_TS), None), found
+
+
+def _labels(packed: Array, executed: Array) -> tuple[str, str | None] | None:
+    """(what is wrong, its fault) with packed labels whose noisy twins were executed; None: nothing.
+
+    Noise is on the motion only, and no larger than to make the right row's the most alike.
+    """
+    rows = min(len(packed), len(executed))
+    label, done = packed[:rows], executed[:rows]
+    here, later, earlier = (
+        _mean(label[first : rows - last, :6] - done[last : rows - first, :6])
+        for first, last in ((0, 0), (1, 0), (0, 1))
+    )
+    if min(later, earlier) < here:
+        return f"mean difference {here:.3g}, {min(later, earlier):.3g} one row apart", SHIFTED
+    apart = np.abs(label[:, 6] - done[:, 6]).max()
+    if apart <= DECODING_TOLERANCE:
+        return None
+    turned = np.abs(label[:, 6] + done[:, 6]).max() <= DECODING_TOLERANCE
+    return f"the gripper differs by up to {apart:.3g}", GRIPPER_SIGN if turned else None
 
 
 def _follows(replayed: Replayed, stored_TS: Array) -> bool:
@@ -180,7 +216,7 @@ class _Undoing:
 def _suggestions(actions: Array, stored: Array, live: Array) -> list[_Undoing]:
     """What may be wrong, the likeliest first, and what undoes it."""
     suggested = []
-    grip, here = actions[:, 6:], _deviation(live, stored)
+    grip, here = actions[:, 6:], _hand_deviation(live, stored)
     agrees_then, agrees_now = (gripper_sign_agrees(actions, states).score for states in (stored, live))
     if grip.min() >= 0.0:
         whole = _with_gripper(actions, (2.0 * grip - 1.0) * (1.0 if agrees_then > 0.0 else -1.0))
@@ -195,10 +231,10 @@ def _suggestions(actions: Array, stored: Array, live: Array) -> list[_Undoing]:
     if times > 1:  # the packed states go further in a row
         told = f"with every action executed {times} times"
         suggested.append(_Undoing(CONTROL_RATE, actions, told, repeats=times))
-    if _deviation(live[:-1], stored[1:]) < _HALF * here:
+    if _hand_deviation(live[:-1], stored[1:]) < _HALF * here:
         later = np.concatenate([actions[:1], actions[:-1]])
         suggested.append(_Undoing(SHIFTED, later, "with every action one row later"))
-    if _deviation(live[1:], stored[:-1]) < _HALF * here:
+    if _hand_deviation(live[1:], stored[:-1]) < _HALF * here:
         earlier = np.concatenate([actions[1:], actions[-1:]])
         suggested.append(_Undoing(SHIFTED, earlier, "with every action one row earlier"))
     return suggested
@@ -209,6 +245,12 @@ def _deviation(live: Array, stored: Array) -> float:
     parts = (slice(0, 3), slice(6, 8))
     moved = [[np.diff(states[:, part], axis=0) for states in (live, stored)] for part in parts]
     return max(float(np.abs(now - then).sum() / max(np.abs(then).sum(), _LEAST_MOTION)) for now, then in moved)
+
+
+def _hand_deviation(live: Array, stored: Array) -> float:
+    """The hand's alone: fingers that tremble on an object do so in no row twice alike."""
+    now, then = (np.diff(states[:, :3], axis=0) for states in (live, stored))
+    return float(np.abs(now - then).sum() / max(np.abs(then).sum(), _LEAST_MOTION))
 
 
 def _told(replayed: Replayed, stored_TS: Array) -> str:
@@ -225,6 +267,8 @@ def is_absolute(actions: Array, states: Array) -> bool:
     """Whether the first three numbers are places near the robot and go where it goes."""
     near = np.abs(actions[:, :3] - states[:, :3]).max() < _REACH
     moving = np.ptp(states[:, :3], axis=0) > _REACH
+    if not np.ptp(actions[:, :3], axis=0)[moving].all():
+        return False
     alike = [np.corrcoef(actions[:, i], states[:, i])[0, 1] > _SIMILAR for i in np.flatnonzero(moving)]
     return bool(near and alike and all(alike))
 

@@ -19,6 +19,7 @@ STATE_OMITTED, STATE_ORDER = "state omitted", "state order"
 OTHER_WEIGHTS, OTHER_TAP = "other encoder weights", "other tap"
 CAMERA_ORDER, OTHER_CODEC = "other camera order", "other codec"
 OTHER_INSTRUCTION, UNEXPLAINED = "other instruction", "unexplained difference"
+RAW_WEIGHTS = "raw weights for averaged ones"
 
 _PACK_IMAGES = "pack again with the right --set source.image_orientation (geomcache pack check SOURCE finds it)"
 _PACK_STATES = (
@@ -27,12 +28,14 @@ _PACK_STATES = (
 )
 _EXTRACT = "geomcache extract into a new folder, and train on that cache"
 _STATISTICS = "train again, or take a checkpoint whose card.json geomcache train wrote on this data"
+_PICTURE_FAULTS = (TURNED, MIRRORED, FLIPPED, BGR, SWAPPED_CAMERAS)
 FIXES: dict[str, str] = {
     TURNED: _PACK_IMAGES,
     MIRRORED: _PACK_IMAGES + "; the community's rot180 is a mirror image of the truth",
     FLIPPED: _PACK_IMAGES,
     BGR: "convert the data set's images to RGB (OpenCV reads BGR), pack and train again",
-    SWAPPED_CAMERAS: "name the cameras in the data set's order (--set source.cameras=...), pack and train again",
+    SWAPPED_CAMERAS: "name each camera's pictures: --set 'source.cameras=[agentview, robot0_eye_in_hand]' in order "
+    "(HDF5), or --set source.cameras.agentview=KEY, one for each camera (LeRobot); pack and train again",
     RESIZE: "record or render the data at the size it is used at (geomcache demos --replay SOURCE), pack again",
     EXPOSURE: "undo the change of brightness or contrast in the data set, pack and train again",
     GRIPPER_SIGN: "the simulator opens on -1 and closes on +1: --set source.gripper_sign=... (LeRobot), or convert",
@@ -51,9 +54,13 @@ FIXES: dict[str, str] = {
     CAMERA_ORDER: _EXTRACT,
     OTHER_CODEC: _EXTRACT,
     OTHER_INSTRUCTION: "give the task's name in words, as LIBERO's benchmark does; pack and train again",
+    RAW_WEIGHTS: "the training log's figure is of the weights that do not act (policy.safetensors): report it",
     UNEXPLAINED: "look at the numbers and at the pictures of --out; pack show, cache show and cache diff help",
 }
 
+# What is compared with the simulator itself: a fault of the data and one of our own code look alike there.
+_OF_EITHER_SIDE = ("actions", "frames", "states")
+_REPORT = "; if the data are right, the live code differs: report it"
 _BETTER_THAN_PLAIN = 0.25  # an explanation leaves at most this share of the difference ...
 _BETTER_THAN_NEXT = 0.5  # ... and at most this share of what the next best leaves
 
@@ -75,11 +82,21 @@ def passed(check: Check, compared: str, found: str, expected: str = "") -> Findi
     return Finding(check=check, passed=True, compared=compared, expected=expected, found=found)
 
 
-def failed(check: Check, compared: str, expected: str, found: str, fault: str | None) -> Finding:
-    """It does not, and ``fault`` is why; None: nothing explains it."""
+def failed(
+    check: Check, compared: str, expected: str, found: str, fault: str | None, fix: str | None = None
+) -> Finding:
+    """It does not, and ``fault`` is why; None: nothing explains it. ``fix``: another than the fault's own."""
     fault = fault or UNEXPLAINED
-    fix = FIXES.get(fault, _STATISTICS)
+    fix = fix or fix_of(check, fault)
     return Finding(check=check, passed=False, compared=compared, expected=expected, found=found, fault=fault, fix=fix)
+
+
+def fix_of(check: Check, fault: str) -> str:
+    """What mends a fault that a check found; pictures stored in other ways have names of their own."""
+    own = _PACK_IMAGES if fault.startswith("stored ") else _STATISTICS
+    if check == "tokens" and (fault in _PICTURE_FAULTS or fault.startswith("stored ")):
+        return _EXTRACT + "; if the pictures of the pack are wrong too, pack first"
+    return FIXES.get(fault, own) + (_REPORT if check in _OF_EITHER_SIDE and fault != UNEXPLAINED else "")
 
 
 def impossible(check: Check, compared: str, why: str, fix: str) -> Finding:
@@ -94,7 +111,7 @@ def explanation(errors: Mapping[str, float], plain: float) -> str | None:
         errors: fault -> the difference that is left when it is assumed, in the unit of ``plain``.
         plain: the difference as it is.
     """
-    if not errors:
+    if not errors or plain <= 0.0:
         return None
     (best, error), *others = sorted(errors.items(), key=lambda item: item[1])
     next_best = min([plain, *(value for _, value in others)])

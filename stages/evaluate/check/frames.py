@@ -58,12 +58,16 @@ def check_frames(replayed: Replayed, scene: Scene | None) -> tuple[Finding, Imag
         return passed("frames", compared, found, expected), stored, live
     errors = picture_errors(stored, live) | {SHIFTED: _shifted(steps, stored, live)}
     fault, how = explanation(errors, difference), ""
-    if fault is None and scene is not None:
-        resized, how = _resized(scene, stored[0])
-        one = stored[:1, :1], live[:1, :1]
-        fault = explanation({**picture_errors(*one), RESIZE: resized}, _difference(*one))
-    if fault in errors:
+    if fault is not None:
         how = f"; {errors[fault]:.3g} when that is undone"
+    else:
+        fault, how = _of_some_views(stored, live, replayed.episode.pack.info.contract.camera_names)
+    if fault is None and scene is not None:
+        view = int(np.abs(stored[0].astype(np.float32) - live[0]).mean(axis=(1, 2, 3)).argmax())
+        one = stored[:1, view : view + 1], live[:1, view : view + 1]
+        resized, told = _resized(scene, stored[0], view)
+        fault = explanation({**picture_errors(*one), RESIZE: resized}, _difference(*one))
+        how = told if fault == RESIZE else ""
     return failed("frames", compared, expected, found + how, fault), stored, live
 
 
@@ -89,6 +93,17 @@ def picture_faults(shape: Sequence[int]) -> Mapping[str, Callable[[Images], Imag
 def fault_of(orientation: ImageOrientation) -> str:
     """The fault of pictures that are stored so instead of upright."""
     return _TURNS.get(orientation, f"stored {orientation}")
+
+
+def _of_some_views(stored: Images, live: Images, names: Sequence[str]) -> tuple[str | None, str]:
+    """The one fault of those cameras that differ, where others are right."""
+    named: dict[str, str | None] = {}
+    for view, name in enumerate(names):
+        one = stored[:, view : view + 1], live[:, view : view + 1]
+        if (plain := _difference(*one)) > LARGEST_DIFFERENCE:
+            named[name] = explanation(picture_errors(*one), plain)
+    (fault, *others) = set(named.values()) or {None}
+    return (fault, f"; {', '.join(named)} only") if fault is not None and not others else (None, "")
 
 
 def _difference(stored: Images, live: Images) -> float:
@@ -117,16 +132,16 @@ def _exposure(stored: Images, live: Images) -> float:
     return min(float(np.abs(np.clip(np.round(guess), 0, 255) - y).mean()) for guess in guesses)
 
 
-def _resized(scene: Scene, stored_VHWC: Images) -> tuple[float, str]:
+def _resized(scene: Scene, stored_VHWC: Images, view: int) -> tuple[float, str]:
     """(mean difference, how) of row 0 rendered at the size, and brought to its own by the filter, that fit best."""
     scene.start()
     height, width = stored_VHWC.shape[1:3]
     best, how = np.inf, ""
-    camera = scene.env.contract.camera_names[0]  # one is enough, and rendering is what takes time
+    camera = scene.env.contract.camera_names[view]  # one is enough, and rendering is what takes time
     for side in sorted({*_RENDER_SIDES, 2 * height, 4 * height} - {height}):
         whole = scene.render(camera, side, side * width // height)
         for name, resize in _filters((height, width)).items():
-            error = _difference(stored_VHWC[0], resize(whole))
+            error = _difference(stored_VHWC[view], resize(whole))
             if error < best:
                 best, how = error, f"; {error:.3g} in row 0 when rendered at {side} pixels and resized by {name}"
     return best, how

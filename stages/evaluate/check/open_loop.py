@@ -1,6 +1,7 @@
 """The policy's open-loop error, measured again on the rows and from the noise of the training log's figure."""
 
 from geomcache.stages.evaluate.check.finding import (
+    RAW_WEIGHTS,
     Finding,
     explanation,
     failed,
@@ -17,7 +18,6 @@ from geomcache.stages.train.ranks import make_accelerator
 from geomcache.stages.train.run import RESULT_NAME, read_result
 from geomcache.stages.train.validation import measure, spread
 
-RAW_WEIGHTS = "raw weights for averaged ones"
 _TOLERANCE = 0.01  # relative: another device, another number of threads
 _EXACT = 0.001
 
@@ -40,7 +40,8 @@ def check_open_loop(run: OpenedRun, device: str) -> Finding:
             )
         logged, source = validated, METRICS_NAME
         rows = spread(run.data.validation_rows, run.config.validation_rows)
-    rows = rows[: len(rows) // run.config.processes * run.config.processes]  # as ranks shared them
+    if len(rows) >= run.config.processes:  # as ranks shared them
+        rows = rows[: len(rows) // run.config.processes * run.config.processes]
     alone = {"processes": 1, "strategy": "ddp", "device": device.split(":")[0], "trackers": ()}
     config = run.config.model_copy(update=alone)
     accelerator = make_accelerator(config)

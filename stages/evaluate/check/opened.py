@@ -1,7 +1,7 @@
 """A run opened both ways: as training sees it (rows, batches) and as the closed loop sees it (live policy)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -73,21 +73,32 @@ class OpenedRun:
     data: TrainingData
     maker: BatchMaker  # normalises by statistics fitted anew on the training rows, as training does
     policy: LivePolicy  # has the checkpoint's
+    encoder_changes: dict[str, object] = field(default_factory=dict)  # settings that differ here, such as a folder
 
     def fitted(self, mode: NormalisationMode) -> Normaliser:
         """Statistics of the run's training rows."""
         rows = self.data.training_rows
         return Normaliser.fit(self.data.states()[rows], self.data.actions()[rows], mode, self.config.gripper)
 
-    def episodes(self, count: int) -> list[StoredEpisode]:
-        """At most ``count`` episodes, spread over all."""
+    @property
+    def every_episode(self) -> list[StoredEpisode]:
+        """All that were packed, pack after pack."""
         starts = np.cumsum([0, *(len(pack) for pack in self.data.packs)])
-        every = [
+        return [
             StoredEpisode(pack, record, int(start) + record.first_row)
             for pack, start in zip(self.data.packs, starts, strict=False)
             for record in pack.episodes
         ]
-        return [every[place] for place in np.unique(np.linspace(0, len(every) - 1, min(count, len(every))).astype(int))]
+
+    def episodes(self, count: int) -> list[StoredEpisode]:
+        """``count`` episodes, spread over all, and the first of every pack that has none of them."""
+        every = self.every_episode
+        chosen = {int(place) for place in np.linspace(0, len(every) - 1, min(count, len(every)))}
+        for pack in self.data.packs:
+            own = [place for place, episode in enumerate(every) if episode.pack is pack]
+            if own and chosen.isdisjoint(own):
+                chosen.add(own[0])
+        return [every[place] for place in sorted(chosen)]
 
 
 def open_run(path: Path, device: str, encoder_changes: dict[str, object] | None = None) -> OpenedRun:
@@ -97,7 +108,7 @@ def open_run(path: Path, device: str, encoder_changes: dict[str, object] | None 
         InputError: no checkpoint, no settings beside it, or other data where they lay.
         GeomcacheError: what opening packs, caches and weights raises.
     """
-    checkpoint = latest_checkpoint(path)
+    checkpoint = latest_checkpoint(path).resolve()  # of ".", neither a name nor the run could be told
     run = checkpoint.parent.parent
     if not (run / CONFIG_NAME).exists():
         raise InputError(
@@ -116,11 +127,18 @@ def open_run(path: Path, device: str, encoder_changes: dict[str, object] | None 
             found="; ".join(differences),
             fix="put them back, or train on the new ones: geomcache train --out OTHER",
         )
-    return with_data(run, config, data, policy)
+    return with_data(run, config, data, policy, encoder_changes)
 
 
-def with_data(run: Path, config: TrainConfig, data: TrainingData, policy: LivePolicy) -> OpenedRun:
+def with_data(
+    run: Path,
+    config: TrainConfig,
+    data: TrainingData,
+    policy: LivePolicy,
+    encoder_changes: dict[str, object] | None = None,
+) -> OpenedRun:
     """The parts put together; the statistics are fitted as ``stages/train/run.py`` does."""
     rows = data.training_rows
     fitted = Normaliser.fit(data.states()[rows], data.actions()[rows], config.normalisation, config.gripper)
-    return OpenedRun(run, config, data, BatchMaker(data, policy.packer, fitted, config), policy)
+    maker = BatchMaker(data, policy.packer, fitted, config)
+    return OpenedRun(run, config, data, maker, policy, encoder_changes or {})

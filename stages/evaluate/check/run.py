@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.pipeline.devices import resolve_device
 from geomcache.pipeline.files import require_own_folder, write_atomic
+from geomcache.pipeline.sources._libero_files import find_files
 from geomcache.stages.evaluate.check.actions import check_decoding, check_replay
 from geomcache.stages.evaluate.check.finding import Check, Finding, impossible
 from geomcache.stages.evaluate.check.frames import check_frames
@@ -27,17 +29,39 @@ _ROWS = 6  # of an episode, whose pictures and tokens are compared
 _DIFFERENCE_GAIN = 4  # of the picture's third column
 
 
+class CheckConfig(Schema):
+    """What --set changes."""
+
+    encoder_config: dict[str, object] = Field(default_factory=dict)  # e.g. where the same weights lie on this machine
+
+
 class CheckReport(Schema):
     """check.json."""
 
     run: str
     checkpoint: str
+    looked_at: str  # how many episodes of how many packs
     findings: tuple[Finding, ...]
 
     @property
     def faults(self) -> list[str]:
         """Every fault that was named, once."""
         return list(dict.fromkeys(one.fault for one in self.findings if one.fault))
+
+    @property
+    def not_possible(self) -> list[str]:
+        """What could not be compared, each once."""
+        return list(dict.fromkeys(one.compared for one in self.findings if one.passed is None))
+
+    @property
+    def verdict(self) -> str:
+        """One line, which does not call agreement what was not compared."""
+        left = f"; not possible: {'; '.join(self.not_possible)}" if self.not_possible else ""
+        if not self.sound:
+            return f"found: {', '.join(self.faults)}{left}"
+        if all(one.passed is None for one in self.findings):
+            return f"nothing could be compared{left}"
+        return f"what could be compared agrees{left}" if left else "the two sides agree"
 
     @property
     def sound(self) -> bool:
@@ -59,7 +83,7 @@ def check_run(
 
     Args:
         path: run folder, or one checkpoint of it.
-        episodes: to replay, spread over the run's data.
+        episodes: to replay, spread over the run's data; of every pack at least one.
         demos: folder of the HDF5 demonstrations that the packs were made of, where packs do not hold the scene.
         out: folder for check.json and, where pictures differ, frames_<episode>.png.
         device: of the policy and its encoder.
@@ -67,8 +91,10 @@ def check_run(
         progress: is told.
 
     Raises:
-        GeomcacheError: no checkpoint, data that is not there or another, weights that cannot be found.
+        GeomcacheError: no checkpoint, data that is not there or another, weights that cannot be found, no simulator.
     """
+    if demos is not None:
+        find_files(demos)
     if out is not None:
         require_own_folder(out, lambda folder: (folder / REPORT_NAME).exists(), "a check")
     device = resolve_device(device)
@@ -86,7 +112,13 @@ def check_run(
         findings.append(check_open_loop(run, device))
     finally:
         scenes.close()
-    report = CheckReport(run=str(run.run), checkpoint=run.policy.checkpoint.name, findings=tuple(findings))
+    report = CheckReport(
+        run=str(run.run),
+        checkpoint=run.policy.checkpoint.name,
+        looked_at=f"{len(chosen)} of {len(run.every_episode)} episodes, "
+        f"{len({id(one.pack) for one in chosen})} of {len(run.data.packs)} packs",
+        findings=tuple(findings),
+    )
     if out is not None:
         write_atomic(out / REPORT_NAME, report.model_dump_json(indent=2))
     return report
@@ -119,10 +151,16 @@ def _check_episode(
         yield "frames and states", [pictured, stated]
         if acted.passed and pictured.passed and stated.passed:
             yield "inputs", [check_inputs(run, episode, steps, replayed, device)]
-    yield "stored inputs", [check_inputs(run, episode, steps, None, device)]
+    given = [check_inputs(run, episode, steps, None, device)]
+    yield "stored inputs", given[:1]
     if run.policy.card.recipe is not None:
-        yield "tokens", [check_tokens(run, episode, steps, device)]
-    yield "sampled chunks", [check_answer(run, episode, steps, device)]
+        given.append(check_tokens(run, episode, steps, device))
+        yield "tokens", given[1:]
+    if all(one.passed for one in given):
+        yield "sampled chunks", [check_answer(run, episode, steps, device)]
+    else:
+        why = "the network is not given the same: see policy inputs and tokens"
+        yield "sampled chunks", [impossible("open loop", "sampled chunks", why, "mend what is named there first")]
 
 
 def sample_steps(rows: int) -> list[int]:

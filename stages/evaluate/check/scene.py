@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache_schemas.errors import GeomcacheError, InputError
+from geomcache.cache_schemas.errors import GeomcacheError, InputError, MissingDependency
 from geomcache.pipeline.frames import Observation
 from geomcache.pipeline.orientation import to_upright
 from geomcache.pipeline.sim import suites
@@ -36,6 +36,11 @@ _SETTLED = 1e-4  # the same, to tell one number of settling steps from the next
 _JOINTS = slice(1, 10)  # of a flat state: the arm's seven and the fingers' two come first
 _PATIENCE = 10  # steps after the last action, in which the goal may still come true
 _MOST_SETTLING = 2 * SETTLE_STEPS
+
+
+_LARGEST_SEED = 2**32 - 1  # of numpy's generator, which LIBERO seeds
+_PACK_AGAIN = "pack the files again: geomcache pack build"
+NO_DEMOS = "nothing: LeRobot episodes are not numbered as demonstration files are; what remains is compared above"
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Scene:
         """What was executed, where that is not what was packed; row t answers the observation of row t."""
         if not self.noisy or isinstance(self.start_from, tuple):
             return None
-        return self.start_from.actions_TA[0 if self.start_from.observed_before_action else 1 :]
+        return self.start_from.actions_TA[_first_action(self.start_from) :][: len(self.episode)]
 
     def start(self, settle_steps: int | None = None) -> None:
         """Let the simulator show row 0 as the closed loop does; or after ``settle_steps`` that are counted here."""
@@ -79,7 +84,7 @@ class Scene:
         if isinstance(self.start_from, tuple):
             return 0.0
         demo, largest = self.start_from, 0.0
-        shown = 0 if demo.observed_before_action else 1  # states[j] is before action j
+        shown = _first_action(demo)  # states[j] is before action j
         for j in Replay(self.env, demo).by_actions():
             if j + shown < len(demo):
                 apart = self.env.flat_state()[_JOINTS] - demo.states_TD[j + shown, _JOINTS]
@@ -114,25 +119,34 @@ class Scenes:
 
     def of(self, episode: StoredEpisode) -> "Scene | NoScene":
         """The scene of ``episode``; the simulator of another task is closed."""
-        info, metadata = episode.pack.info, json.loads(episode.record.metadata)
+        info = episode.pack.info
         if info.request.no_ops is not None and info.no_op_rows:
             return NoScene(
                 f"{info.no_op_rows} rows of {episode.pack.path} were left out as no-ops: its actions do not lead on",
                 "check a run that was trained on a pack built without --drop-no-ops",
             )
-        noisy = float(metadata.get("noise", 0.0)) > 0.0
+        start, noisy = None, False
         try:
-            if "seed" in metadata and not noisy:
-                return Scene(self._env(episode), episode, (int(metadata["seed"]), int(metadata["init_state_index"])))
-            if self.demos is None:
-                return NoScene(
-                    "noise was executed that the pack does not hold" if noisy else "the pack does not hold the scene",
-                    "--demos FOLDER with the HDF5 demonstration files that the pack was made of",
-                )
-            if any(source.kind != "libero_hdf5" for source in info.request.sources):
-                return NoScene("episodes of LeRobot sets are not numbered as demonstration files are", "")
+            metadata = json.loads(episode.record.metadata)
+            noisy = float(metadata.get("noise", 0.0)) > 0.0
+            if "seed" in metadata:
+                start = int(metadata["seed"]), int(metadata["init_state_index"])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as problem:
+            return NoScene(f"the episode's metadata are damaged ({problem!r})", _PACK_AGAIN)
+        fix = demos_fix(episode)
+        try:
+            if start is not None and not noisy:
+                env = self._env(episode)
+                if not 0 <= start[0] <= _LARGEST_SEED or not 0 <= start[1] < env.task.n_init_states:
+                    return NoScene(f"the episode's metadata are damaged (seed, initial state: {start})", _PACK_AGAIN)
+                return Scene(env, episode, start)
+            if self.demos is None or fix == NO_DEMOS:
+                why = "noise was executed that the pack does not hold" if noisy else "the pack does not hold the scene"
+                return NoScene(why, fix)
             return Scene(self._env(episode), episode, _find_demo(self.demos, episode), noisy)
-        except GeomcacheError as problem:  # no simulator, no such task, no such file
+        except MissingDependency:
+            raise
+        except GeomcacheError as problem:  # no such task, no such file
             return NoScene(f"{problem.what} ({problem.found})", problem.fix)
 
     def close(self) -> None:
@@ -158,16 +172,36 @@ class Scenes:
         return self._open[key]
 
 
+def demos_fix(episode: StoredEpisode) -> str:
+    """What makes a replay of a pack without its scenes possible."""
+    if any(source.kind != "libero_hdf5" for source in episode.pack.info.request.sources):
+        return NO_DEMOS
+    return "--demos FOLDER with the HDF5 demonstration files that the pack was made of"
+
+
+def _first_action(demo: StoredDemo) -> int:
+    """The action that answers the first picture."""
+    return 0 if demo.observed_before_action else 1
+
+
 def _find_demo(folder: Path, episode: StoredEpisode) -> StoredDemo:
     name = f"{episode.record.task}_demo"
     for path in find_files(folder):
         if path.stem == name:
-            return read_demo(path, f"demo_{episode.record.number}")
+            demo = read_demo(path, f"demo_{episode.record.number}")
+            if len(demo) - _first_action(demo) >= len(episode):
+                return demo
+            raise InputError(
+                f"{demo.where} is not what was packed",
+                expected=f"at least {len(episode)} rows",
+                found=f"{len(demo)} actions",
+                fix=demos_fix(episode),
+            )
     raise InputError(
         f"{folder} holds no demonstrations of {episode.record.task}",
         expected=f"{name}.hdf5",
         found="other files",
-        fix="--demos FOLDER with the HDF5 demonstration files that the pack was made of",
+        fix=demos_fix(episode),
     )
 
 

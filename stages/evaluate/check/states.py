@@ -24,7 +24,7 @@ _SMALLEST_ANGLE = 1e-6  # radians; below, there is no axis
 
 def check_states(replayed: Replayed, stored_TS: States) -> Finding:
     """Each row's state against ``observe().state_S`` of the same moment of the replay."""
-    live_TS = replayed.states_TS
+    live_TS, whole_TS = replayed.states_TS, stored_TS
     if not replayed.follows:
         live_TS, stored_TS = live_TS[:1], stored_TS[:1]
     compared = f"states of {len(stored_TS)} rows with the simulator's"
@@ -33,34 +33,54 @@ def check_states(replayed: Replayed, stored_TS: States) -> Finding:
     found = f"largest difference {error_S[worst]:.2g} ({_NAMES[worst]})"
     if error_S[worst] <= STATE_TOLERANCE:
         return passed("states", compared, found, f"at most {STATE_TOLERANCE:g} m, rad")
-    fault, how = explain_states(live_TS, stored_TS)
+    fault, how = _omitted(replayed.states_TS, whole_TS)
+    if fault is None:
+        fault, how = explain_states(live_TS, stored_TS)
     expected = f"row 0: {_numbers(live_TS[0])}"
     return failed("states", compared, expected, f"row 0: {_numbers(stored_TS[0])}; {found}{how}", fault)
 
 
+def _omitted(live_TS: States, stored_TS: States) -> tuple[str | None, str]:
+    """Whether what changes on one side never changes on the other; for that, rows need not be the same moments."""
+    for moving, other, name in ((live_TS, stored_TS, "stored"), (stored_TS, live_TS, "live")):
+        varying = np.ptp(moving, axis=0) > STATE_TOLERANCE
+        if varying.sum() > 1 and not np.ptp(other, axis=0)[varying].any():
+            return STATE_OMITTED, f"; the {name} state never changes"
+    return None, ""
+
+
 def explain_states(live_TS: States, stored_TS: States) -> tuple[str | None, str]:
     """The fault that makes one of the live and stored states [T, 8] from the other, and a note about it."""
-    varying = np.ptp(live_TS, axis=0) > STATE_TOLERANCE
-    constant = np.ptp(stored_TS, axis=0) == 0.0
-    if varying.sum() > 1 and constant[varying].all():
-        return STATE_OMITTED, "; the stored state never changes"
     changes = [_with_quaternion(kind, sign) for kind in _KINDS for sign in (1, -1)]
-    errors = {
-        QUATERNION: min(_either(change, live_TS, stored_TS) for change in changes),
-        ANTIPODAL: _either(_antipodal, live_TS, stored_TS),
+    turned = [_apart(change, *pair) for change in changes for pair in _both(live_TS, stored_TS)]
+    plain_TS = np.abs(live_TS - stored_TS)
+    left = {
+        QUATERNION: min(turned, key=np.mean),
+        ANTIPODAL: _nearer(plain_TS, _nearer(*(_apart(_antipodal, *pair) for pair in _both(live_TS, stored_TS)))),
     }
     order = _order(live_TS, stored_TS)
     if order is not None:
-        errors[STATE_ORDER] = float(np.abs(live_TS[:, order] - stored_TS).mean())
-    fault = explanation(errors, float(np.abs(live_TS - stored_TS).mean()))
+        left[STATE_ORDER] = np.abs(live_TS[:, order] - stored_TS)
+    fault = explanation({name: float(apart_TS.mean()) for name, apart_TS in left.items()}, float(plain_TS.mean()))
+    if fault is None or left[fault].max() > STATE_TOLERANCE:
+        return None, ""
     if fault == STATE_ORDER and order is not None:
         return fault, f"; stored are {', '.join(_NAMES[i] for i in order)}"
     return fault, ""
 
 
-def _either(change: Callable[[States], States], live_TS: States, stored_TS: States) -> float:
-    """What is left when the stored states are the changed live ones, or the other way round."""
-    return min(float(np.abs(change(live_TS) - stored_TS).mean()), float(np.abs(change(stored_TS) - live_TS).mean()))
+def _both(live_TS: States, stored_TS: States) -> tuple[tuple[States, States], tuple[States, States]]:
+    return (live_TS, stored_TS), (stored_TS, live_TS)
+
+
+def _apart(change: Callable[[States], States], one_TS: States, other_TS: States) -> States:
+    """[T, 8] what is left when ``other_TS`` are the changed ``one_TS``."""
+    return np.abs(change(one_TS) - other_TS)
+
+
+def _nearer(one_TS: States, other_TS: States) -> States:
+    """Of each row, the one of both that leaves less."""
+    return np.where(one_TS.sum(axis=1, keepdims=True) <= other_TS.sum(axis=1, keepdims=True), one_TS, other_TS)
 
 
 def _antipodal(states_TS: States) -> States:

@@ -63,7 +63,7 @@ def _orientation(episode: StoredEpisode) -> list[Finding]:
         elif told.decided:
             findings.append(failed("frames", compared, "upright", str(told), fault_of(told.best)))
         else:
-            fix = "geomcache pack check SOURCE looks at more episodes; --demos FOLDER compares pictures"
+            fix = "geomcache pack check SOURCE, which looks at more episodes"
             findings.append(impossible("frames", compared, f"undecided: {told}", fix))
     return findings
 
@@ -73,7 +73,7 @@ def _gripper(episode: StoredEpisode) -> Finding:
     agreement = gripper_sign_agrees(episode.actions_TA, episode.states_TS)
     found = f"{agreement.switches} switches, agreement {agreement.score:+.2f} (of -1 to 1)"
     if not agreement.switches:
-        return impossible("actions", compared, "the gripper is never switched", "--demos FOLDER")
+        return impossible("actions", compared, "the gripper is never switched", "look at more episodes: --episodes N")
     if agreement.score > 0.0:
         return passed("actions", compared, found, "fingers close after the higher command")
     return failed("actions", compared, "fingers close after the higher command", found, GRIPPER_SIGN)

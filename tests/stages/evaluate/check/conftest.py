@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from geomcache.pipeline.store.card import data_card
 from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.pipeline.store.statistics import shard_statistics
 from geomcache.pipeline.store.writer import commit_shard, create_or_open
+from geomcache.stages.evaluate.check import run as check_run_module
 from geomcache.stages.evaluate.check.opened import OpenedRun, StoredEpisode, open_run
 from geomcache.stages.evaluate.check.run import sample_steps
 from geomcache.stages.evaluate.check.scene import NoScene, Replayed, Scene, Scenes, replay
@@ -93,6 +95,19 @@ def scenes(intact: OpenedRun) -> Iterator[Scenes]:
     found = Scenes(intact)
     yield found
     found.close()
+
+
+class KeptScenes(Scenes):
+    """Leaves the simulator that all tests share open."""
+
+    def close(self) -> None:
+        """Not here."""
+
+
+@pytest.fixture
+def one_simulator(scenes: Scenes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check_run` takes the tests' simulator."""
+    monkeypatch.setattr(check_run_module, "Scenes", partial(KeptScenes, _open=scenes._open))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from geomcache.cache_schemas.errors import ConfigError
 from geomcache.pipeline.encoding import encode_padded
 from geomcache.pipeline.frames import FrameBatch
 from geomcache.pipeline.pack.reader import PackReader
@@ -73,11 +75,20 @@ def test_tokens_that_went_through_int8_are_named(folder: Path, tmp_path: Path) -
     assert_named(found, "other codec")
 
 
+def test_a_small_difference_that_is_no_rounding_is_not_called_int8(folder: Path, tmp_path: Path) -> None:
+    def noisy(tokens: torch.Tensor, _: list[int]) -> torch.Tensor:
+        return tokens + 0.01 * tokens.std() * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
+
+    assert_named(_check_written(folder, tmp_path, noisy), "unexplained difference")
+
+
 def test_a_live_codec_that_is_not_the_cache_s_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(folder / "pool", "cpu")
     contract = run.policy.card.contract
     monkeypatch.setattr(run.policy, "live_tokens", lambda frames: _encoded(frames, contract))
     assert_named(check_tokens(run, the_episode(run), STEPS, "cpu"), "other codec")
+    with pytest.raises(ConfigError, match="nonsense"):  # the encoder built anew takes the same changes as the live one
+        check_tokens(replace(run, encoder_changes={"nonsense": 1}), the_episode(run), STEPS, "cpu")
 
 
 def test_a_live_encoder_whose_weights_changed_after_their_digest_is_named(folder: Path) -> None:
