@@ -43,7 +43,7 @@ def diagnose_run(path: Path, rows: int = ROWS, out: Path | None = None) -> RunDi
         InputError: no checkpoint, one without geometry, or packs or caches that are not those it was trained on.
         GeomcacheError: what opening packs, caches and weights raises.
     """
-    checkpoint = latest_checkpoint(path)
+    checkpoint = latest_checkpoint(path).resolve()
     card = read_card(checkpoint)
     if card.recipe is None:
         raise InputError(

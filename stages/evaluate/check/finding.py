@@ -41,7 +41,8 @@ FIXES: dict[str, str] = {
     GRIPPER_SIGN: "the simulator opens on -1 and closes on +1: --set source.gripper_sign=... (LeRobot), or convert",
     GRIPPER_RANGE: "map 0..1 to -1 (open) .. +1 (close) in the data set, pack and train again",
     ABSOLUTE: "convert the actions to deltas (1 = 0.05 m, 0.5 rad), pack and train again",
-    SHIFTED: "row t is the observation BEFORE action t: --set source.observation=after_action (or before_action)",
+    SHIFTED: "row t is the observation BEFORE action t; if the actions fit one row later, pack and train again with "
+    "--set source.observation=before_action, one row earlier: after_action",
     CONTROL_RATE: "use data of 20 actions a second, one row for every control step of the simulator",
     SETTLING: "data and evaluation must begin after the same number of settling steps (eval: --set settle_steps=N)",
     OTHER_STATISTICS: _STATISTICS,

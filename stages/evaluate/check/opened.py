@@ -118,6 +118,15 @@ def open_run(path: Path, device: str, encoder_changes: dict[str, object] | None 
             fix="name the run's folder, or a checkpoint where it was written",
         )
     config = read_config(run)
+    for pair in config.data:
+        for folder in (pair.pack, pair.cache):
+            if folder is not None and "://" not in str(folder) and not Path(folder).exists():
+                raise InputError(
+                    f"{folder} is not there, which {run} was trained on",
+                    expected=f"the packs and caches of {run / CONFIG_NAME}",
+                    found="no such folder",
+                    fix=f"did it move? write where it lies now into {run / CONFIG_NAME} under `data`",
+                )
     data = TrainingData(config)
     policy = LivePolicy(checkpoint, device, encoder_changes)
     if differences := describe_data_difference(policy.card, data):

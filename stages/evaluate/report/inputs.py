@@ -145,7 +145,7 @@ def _run_of(folder: Path, results: EvalResults) -> tuple[Path | None, Checkpoint
             for checkpoint in [path] if (path / "card.json").exists() else reversed(checkpoints_of(path)):
                 card = read_card(checkpoint)
                 if weights_digest(card) == results.conditions.checkpoint_weights:
-                    return latest_checkpoint(checkpoint).parent.parent, card
+                    return latest_checkpoint(checkpoint).resolve().parent.parent, card
         except (OSError, InputError, SchemaTooNew):  # another user's folder, or damaged since: as if it were not there
             continue
     return None, None

@@ -132,7 +132,7 @@ def test_bad_input_is_told_by_name(folder: Path, tmp_path: Path, intact: OpenedR
     assert isinstance(result.exception, InputError)
     with pytest.raises(GeomcacheError, match="is not a finished pack"):
         run_on(folder / "none", tmp_path / "moved", pack=tmp_path / "gone")
-    with pytest.raises(GeomcacheError, match="no token cache"):
+    with pytest.raises(GeomcacheError, match="gone is not there"):
         run_on(folder / "pool", tmp_path / "lost", cache=tmp_path / "gone")
     shutil.copytree(intact.policy.checkpoint, tmp_path / "alone/checkpoints/step_00000002")
     with pytest.raises(InputError, match="which data"):
