@@ -245,7 +245,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     def wanted(key: str) -> bool:
         return only is None or key in only
 
-    steps, horizon, each = (80, 48, 2) if arguments.smallest else (160, 96, 4)
+    steps, horizon, each = (80, 48, 3) if arguments.smallest else (160, 96, 4)
     if wanted("lazy_over_eager"):
         figures["lazy_over_eager"] = lazy_over_eager(steps)
     if wanted("two_workers_over_bare_pair"):
