@@ -113,7 +113,8 @@ class RayCrew:
             if isinstance(problem.cause, GeomcacheError | OSError):
                 return problem.cause
             where = re.findall(r'File "[^"]*?([^"/]+)", line (\d+)', str(problem))[-1:]
-            return Broken(f"{type(problem.cause).__name__}: {problem.cause} ({':'.join(*where)})")
+            told = f" ({':'.join(where[0])})" if where else ""
+            return Broken(f"{type(problem.cause).__name__}: {problem.cause}{told}")
         except self._ray.exceptions.RayError as problem:
             return Broken(str(problem).splitlines()[0])
 

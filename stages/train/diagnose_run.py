@@ -5,13 +5,13 @@ from pathlib import Path
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError
 from geomcache.pipeline.devices import resolve_device
-from geomcache.pipeline.files import CONFIG_NAME, write_atomic
+from geomcache.pipeline.files import write_atomic
 from geomcache.stages.train.checkpoint import CheckpointCard, latest_checkpoint, load_policy, read_card
 from geomcache.stages.train.data import BatchMaker, TrainingData
 from geomcache.stages.train.diagnose import measure
 from geomcache.stages.train.diagnose_picture import diagnosis_picture
 from geomcache.stages.train.diagnosis import Diagnosis
-from geomcache.stages.train.run import describe_data_difference, read_config
+from geomcache.stages.train.run import describe_data_difference, run_of
 from geomcache.stages.train.validation import spread
 
 JSON_NAME, PICTURE_NAME = "diagnosis.json", "diagnosis.png"
@@ -52,15 +52,7 @@ def diagnose_run(path: Path, rows: int = ROWS, out: Path | None = None) -> RunDi
             found=f"geom_compression_type {card.policy.compressor}",
             fix="geomcache diagnose RUN of a run with geometry; geomcache report FOLDER compares it with this one",
         )
-    run = checkpoint.parent.parent
-    if not (run / CONFIG_NAME).exists():
-        raise InputError(
-            f"{run} does not say which data the run was trained on",
-            expected=f"{CONFIG_NAME}, as geomcache train wrote it",
-            found="no such file",
-            fix="name the run's folder, or a checkpoint where it was written",
-        )
-    config = read_config(run)
+    run, config = run_of(checkpoint)
     data = TrainingData(config)
     _require_data_of(card, data, run)
     held_out = len(data.validation_rows) > 0

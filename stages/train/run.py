@@ -214,6 +214,24 @@ def read_config(run: Path) -> TrainConfig:
     return parse_config(TrainConfig, yaml.safe_load(path.read_bytes()), str(path))
 
 
+def run_of(checkpoint: Path) -> tuple[Path, TrainConfig]:
+    """The run folder that a checkpoint lies in, and its settings.
+
+    Raises:
+        InputError: it does not lie where it was written.
+        ConfigError: the settings cannot be read.
+    """
+    run = checkpoint.parent.parent
+    if not (run / CONFIG_NAME).exists():
+        raise InputError(
+            f"{run} does not say which data the run was trained on",
+            expected=f"{CONFIG_NAME}, as geomcache train wrote it",
+            found="no such file",
+            fix="name the run's folder, or a checkpoint where it was written",
+        )
+    return run, read_config(run)
+
+
 def _require_float32(policy: PolicyNet) -> None:
     """AdamW's small steps vanish in bfloat16's 8 bits: most weights would never move."""
     wrong = [name for name, p in policy.named_parameters() if p.requires_grad and p.dtype != torch.float32]

@@ -16,7 +16,7 @@ from geomcache.stages.train.checkpoint import latest_checkpoint
 from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.data import BatchMaker, TrainingData
 from geomcache.stages.train.normalise import NormalisationMode, Normaliser
-from geomcache.stages.train.run import describe_data_difference, read_config
+from geomcache.stages.train.run import describe_data_difference, run_of
 
 MODES: tuple[NormalisationMode, ...] = ("mean_std", "min_max", "q99")
 
@@ -109,15 +109,7 @@ def open_run(path: Path, device: str, encoder_changes: dict[str, object] | None 
         GeomcacheError: what opening packs, caches and weights raises.
     """
     checkpoint = latest_checkpoint(path).resolve()  # of ".", neither a name nor the run could be told
-    run = checkpoint.parent.parent
-    if not (run / CONFIG_NAME).exists():
-        raise InputError(
-            f"{run} does not say which data the run was trained on",
-            expected=f"{CONFIG_NAME}, as geomcache train wrote it",
-            found="no such file",
-            fix="name the run's folder, or a checkpoint where it was written",
-        )
-    config = read_config(run)
+    run, config = run_of(checkpoint)
     for pair in config.data:
         for folder in (pair.pack, pair.cache):
             if folder is not None and "://" not in str(folder) and not Path(folder).exists():
