@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.pipeline.store.rows import Check
+from geomcache.stages.train.augment import Augmentation
 from geomcache.stages.train.normalise import GripperRule, NormalisationMode
 from geomcache.stages.train.policy import PolicyConfig
 from geomcache.stages.train.row_order import RowOrder
@@ -64,6 +65,7 @@ class TrainConfig(Schema):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     gradient_clip: float = Field(default=1.0, gt=0)
     ema_decay: float | None = Field(default=0.999, gt=0, lt=1)  # averaged weights act and are validated; None: none
+    augment: Augmentation = Augmentation()  # of training images: {shift: 4, brightness: 0.15}; tokens stay as cached
     geom_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of training samples whose geometry is masked
 
     row_order: RowOrder = "global"  # shard: shuffle within a window of shards, for slow or remote storage

@@ -28,6 +28,7 @@ class Packer:
         tokenizer: Qwen2.5's, or the tiny one of the same kind.
         image_processor: the PIL one; its resizing is switched off.
         image_size: side in pixels to which every image is resized (PIL bicubic) unless it has that size.
+        shows_images: False = prompts have no image tokens, whatever images are given: for a blind policy.
         prompt: the text after the images; ``{instruction}`` stands for the task's instruction.
         prompt_length: padded length S; None = the longest prompt of the batch. A fixed length makes a
             sample's tensors independent of its neighbours in the batch.
@@ -43,6 +44,7 @@ class Packer:
         image_processor: Qwen2VLImageProcessorPil,
         *,
         image_size: int,
+        shows_images: bool = True,
         prompt: str = "{instruction}",
         prompt_length: int | None = None,
         max_prompt_tokens: int = 512,
@@ -58,7 +60,8 @@ class Packer:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.image_size, self.prompt = image_size, prompt
         self.prompt_length, self.max_prompt_tokens = prompt_length, max_prompt_tokens
-        self.tokens_per_image = (image_size // side) ** 2
+        self.shows_images = shows_images
+        self.tokens_per_image = (image_size // side) ** 2 if shows_images else 0
         self._image_token: int = tokenizer.encode("<|image_pad|>")[0]
         self._ids: dict[tuple[str, int], list[int]] = {}  # few instructions: each is tokenised once
 
@@ -94,6 +97,12 @@ class Packer:
         return max(len(self._tokenise(instruction, views)) for instruction in instructions)
 
     def _pack_images(self, images_BVHWC: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
+        if not self.shows_images:
+            patch_numbers = 3 * self.image_processor.temporal_patch_size * self.image_processor.patch_size**2
+            return {
+                "pixel_values": torch.zeros(0, patch_numbers),
+                "image_grid_thw": torch.zeros(0, 3, dtype=torch.int64),
+            }
         images = [self._resize(image) for image in images_BVHWC.reshape(-1, *images_BVHWC.shape[2:])]
         packed = self.image_processor(images, do_resize=False, return_tensors="pt")
         return {"pixel_values": packed["pixel_values"], "image_grid_thw": packed["image_grid_thw"]}
@@ -123,6 +132,7 @@ class Packer:
         if known is not None:
             return known
         image = "<|vision_start|>" + "<|image_pad|>" * self.tokens_per_image + "<|vision_end|>"
+        image = image if self.shows_images else ""
         text = self.prompt.replace("{instruction}", instruction)
         ids: list[int] = self.tokenizer(f"<|im_start|>user\n{image * views}{text}<|im_end|>\n")["input_ids"]
         limit = min(self.max_prompt_tokens, self.prompt_length or self.max_prompt_tokens)

@@ -34,6 +34,7 @@ from geomcache.cache_schemas.errors import GeomcacheError, InputError
 from geomcache.stages.train import tiny_vlm
 from geomcache.stages.train.backbones._lora import LoraOptions, add_lora
 from geomcache.stages.train.backbones._published import PUBLISHED
+from geomcache.stages.train.backbones._stem import Stem, StemConfig
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.building import pair_layers, seeded
 from geomcache.stages.train.packer import Packer
@@ -49,6 +50,8 @@ class Config(Schema):
     tiny: tiny_vlm.TinySizes = tiny_vlm.TinySizes()  # read for base_vlm "tiny" only
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; autocast is the caller's
     image_size: int = Field(112, gt=0)  # pixels, a multiple of 28
+    images: Literal["seen", "none"] = "seen"  # none: the policy is blind (its prompt has no images): a control
+    stem: StemConfig | None = None  # convolutions beside the vision tower; {} for its defaults
     prompt: str = "{instruction}"  # the text after the images
     prompt_length: int | None = Field(None, gt=0)  # padded length S; None = the longest of the batch
     max_prompt_tokens: int = Field(512, gt=0)  # longer prompts are refused
@@ -57,6 +60,12 @@ class Config(Schema):
     # then says whether the vision tower is trained: none = yes, vision = no.
     lora: LoraOptions | None = None
     seed: int = 0  # of random weights, and of the adapters
+
+    @model_validator(mode="after")
+    def _stem_has_images(self) -> Self:
+        if self.stem is not None and self.images == "none":
+            raise ValueError("a stem has nothing to look at with images: none")
+        return self
 
     @model_validator(mode="after")
     def _lora_trains_something(self) -> Self:
@@ -101,6 +110,10 @@ class Backbone(nn.Module):
         if config.lora is not None:
             with seeded(config.seed):
                 add_lora(self.vlm.language_model, config.lora)
+        self.stem: Stem | None = None
+        if config.stem is not None:
+            with seeded(config.seed):
+                self.stem = Stem(config.stem, image_size=config.image_size, width=self.context_dim)
         self._checkpointing = False
         self._freeze()
 
@@ -140,17 +153,28 @@ class Backbone(nn.Module):
 
     def forward(self, batch: PolicyBatch) -> tuple[list[torch.Tensor], torch.Tensor]:
         """A hidden state [B, S, C] per entry of ``layer_indices``; the bool mask [B, S] of real tokens."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze != "all"):
+        trained = self.config.freeze != "all" or self.stem is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             hidden_states = self.vlm(
                 input_ids=batch.input_ids_BS,
                 attention_mask=batch.attention_mask_BS,
                 mm_token_type_ids=batch.mm_token_type_ids_BS,
-                pixel_values=batch.pixel_values,
-                image_grid_thw=batch.image_grid_thw,
                 output_hidden_states=True,
                 use_cache=False,
+                **self._images(batch),
             ).hidden_states
         return [hidden_states[layer] for layer in self.layer_indices], batch.attention_mask_BS.bool()
+
+    def _images(self, batch: PolicyBatch) -> dict[str, Any]:
+        """The VLM's arguments about images; none for a blind policy."""
+        if self.config.images == "none":
+            return {}
+        if self.stem is None:
+            return {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
+        seen = self.vlm.get_image_features(batch.pixel_values, batch.image_grid_thw)
+        tokens_NC = torch.cat(seen.pooler_output)
+        seen.pooler_output = (tokens_NC + self.stem(batch.pixel_values).to(tokens_NC.dtype),)
+        return {"mm_encoder_outputs": {"image": seen}, "image_grid_thw": batch.image_grid_thw}
 
     def train(self, mode: bool = True) -> Self:
         """As usual, but frozen parts stay in eval mode."""
@@ -264,6 +288,7 @@ def _cut_layers(vlm_config: Any, layers: int) -> None:
 def _build_packer(config: Config, folder: Path | None) -> Packer:
     options: dict[str, Any] = {
         "image_size": config.image_size,
+        "shows_images": config.images == "seen",
         "prompt": config.prompt,
         "prompt_length": config.prompt_length,
         "max_prompt_tokens": config.max_prompt_tokens,
