@@ -126,7 +126,9 @@ class SimEnv(Protocol):
     @property
     def horizon(self) -> int: ...
 
-    def reset(self, seed: int, init_state: int | NDArray[np.float64], settle_steps: int = 10) -> None: ...
+    def reset(
+        self, seed: int, init_state: int | NDArray[np.float64], settle_steps: int = 10, *, agentview_orbit: float = 0.0
+    ) -> None: ...
 
     def step(self, action_A: NDArray[np.floating[Any]]) -> bool: ...  # True once the task's own goal holds
 

@@ -61,7 +61,7 @@ def scene_cameras(instruction: str) -> SceneCameras:
     if wanted not in kinds:
         raise UnknownName(
             f"no LIBERO task has the instruction {instruction!r}, so its cameras are not known",
-            expected="the instruction of a task of " + ", ".join(suites.SUITES),
+            expected="the instruction of a task of " + ", ".join(suites.PUBLIC_SUITES),
             found=repr(instruction),
             fix="look at a picture and say how images are stored: --set source.image_orientation=rot180",
         )
@@ -78,7 +78,7 @@ def _kinds_of_scene() -> dict[str, str]:
 
 
 def _tasks() -> list[suites.TaskInfo]:
-    return [suites.task_info(suite, i) for suite in suites.SUITES for i in range(suites.task_count(suite))]
+    return [suites.task_info(suite, i) for suite in suites.PUBLIC_SUITES for i in range(suites.task_count(suite))]
 
 
 def _kind_of_scene(task: suites.TaskInfo) -> str:

@@ -5,10 +5,7 @@ Non-obvious:
   nothing is rendered before it is called (see observed_moment.py); rendering does not change the dynamics.
 - The flat state does not hold the whole scene: fixtures without joints are placed anew at every ``reset()`` from
   numpy's GLOBAL generator. So every episode is seeded, and the caller's generator is put back afterwards.
-- LIBERO appends its drawer and stove initialisers at every reset without clearing them, so with the same seed the
-  fixtures would stand elsewhere in the second episode. The list is cleared first.
-- ``ControlEnv.reset`` retries in a ``finally: continue`` and so swallows every error, Ctrl-C too; the inner
-  environment is reset here.
+- LIBERO's own reset neither repeats itself nor lets errors out; see scene_reset.py.
 - ``step``'s ``done`` is the goal predicate, not the end of time; robosuite's own step limit is switched off.
 - robosuite's ``quat2axisangle`` clips its argument in place; see camera_geometry.axis_angle.
 - An EGL context does not survive a fork: the simulator is made in the process that first resets it.
@@ -16,13 +13,11 @@ Non-obvious:
 """
 
 import atexit
-import contextlib
 import gc
 import os
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -35,14 +30,15 @@ from geomcache.pipeline.camera_geometry import axis_angle, inverse_pose, metric_
 from geomcache.pipeline.frames import FrameBatch, Observation
 from geomcache.pipeline.orientation import to_upright
 from geomcache.pipeline.sim import suites
+from geomcache.pipeline.sim.camera_orbit import turn_agentview
 from geomcache.pipeline.sim.observed_moment import ObservedMoment
+from geomcache.pipeline.sim.scene_reset import callers_random_state, reset_inner
 from geomcache.pipeline.sim.system import missing_part_named, quiet_simulator, require_simulator
 
 # Stand still with the gripper open; the settling action of OpenVLA, openpi and LeRobot.
 SETTLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 SETTLE_ACTION.setflags(write=False)
 
-_MOST_PLACEMENT_TRIES = 20
 _open_environments: "weakref.WeakSet[LiberoEnv]" = weakref.WeakSet()
 
 
@@ -110,6 +106,7 @@ class LiberoEnv:
         self._moment: ObservedMoment | None = None
         self._process = -1
         self._is_reset = False
+        self._is_nominal = False  # a reset built the model, and no camera was turned since
 
     @property
     def contract(self) -> Contract:
@@ -131,19 +128,31 @@ class LiberoEnv:
         """The most control steps of an evaluation episode, settling not counted."""
         return suites.horizon(self._task.suite)
 
-    def reset(self, seed: int, init_state: int | NDArray[np.float64], settle_steps: int = 10) -> None:
+    def reset(
+        self,
+        seed: int,
+        init_state: int | NDArray[np.float64],
+        settle_steps: int = 10,
+        *,
+        agentview_orbit: float = 0.0,
+        rebuild: bool = True,
+    ) -> None:
         """Start an episode: place the fixtures by ``seed``, set the flat state, let the scene settle.
 
         Args:
             seed: of the fixtures' placement; the caller's numpy generator is left as it was.
-            init_state: the number of a shipped initial state, or a flat state [1 + nq + nv].
+            init_state: the number of an initial state of the suite, or a flat state [1 + nq + nv].
             settle_steps: how many SETTLE_ACTIONs to execute.
+            agentview_orbit: degrees by which the agent-view camera is turned about the workspace (camera_orbit.py) in
+                this episode; pictures, depth and matrices agree. The wrist camera is untouched.
+            rebuild: compile the model anew, as LIBERO does. Without it the states are the same and 1.4 s are saved, but
+                only a plan that is not rendered may do so (scene_reset.py).
         """
         if isinstance(init_state, (int, np.integer)):
             state = suites.init_state(self._task.suite, self._task.index, int(init_state))
         else:
             state = np.asarray(init_state, dtype=np.float64)
-        with _callers_random_state():
+        with callers_random_state():
             env = self._made()
             assert self._moment is not None
             numbers = env.get_sim_state().size
@@ -154,13 +163,17 @@ class LiberoEnv:
                     found=f"shape {state.shape}",
                     fix="use a state recorded from this task",
                 )
-            self._is_reset = False
+            rebuild = rebuild or not self._is_nominal
+            self._is_reset = self._is_nominal = False
             self._moment.forget()
             # The old simulation is freed inside reset, in whichever GL context is current.
             env.sim._render_context_offscreen.gl_ctx.make_current()
             env.seed(seed)
             with quiet_simulator():
-                _reset_inner(env.env)
+                reset_inner(env.env, rebuild=rebuild)
+            if agentview_orbit != 0.0:
+                turn_agentview(env.env, agentview_orbit)
+            self._is_nominal = agentview_orbit == 0.0
             env.set_init_state(state)
             self._is_reset = True
             for _ in range(settle_steps):
@@ -332,7 +345,7 @@ class LiberoEnv:
         except UnknownName:
             env.close()
             raise
-        self._env, self._moment, self._process = env, ObservedMoment(env.env), os.getpid()
+        self._env, self._moment, self._process, self._is_nominal = env, ObservedMoment(env.env), os.getpid(), False
         if not _open_environments:
             # Registered after robosuite's own exit hook and so run before it: freeing later is an EGLError.
             atexit.unregister(_close_all)
@@ -366,28 +379,3 @@ def _free_quietly(problem: Exception) -> None:
         gc.collect()
     finally:
         sys.unraisablehook = hook
-
-
-@contextlib.contextmanager
-def _callers_random_state() -> Iterator[None]:
-    """Put numpy's global generator back as the caller had it; LIBERO seeds and draws from it."""
-    before = np.random.get_state()
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
-
-
-def _reset_inner(inner: Any) -> None:
-    from robosuite.utils.errors import RandomizationError
-
-    reset: Callable[[], Any] = inner.reset
-    for attempt in range(_MOST_PLACEMENT_TRIES):
-        inner.object_property_initializers.clear()
-        try:
-            reset()
-        except RandomizationError:
-            if attempt == _MOST_PLACEMENT_TRIES - 1:
-                raise
-        else:
-            return

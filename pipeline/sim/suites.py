@@ -1,10 +1,15 @@
-"""LIBERO's suites and tasks: names, instructions, episode lengths and shipped initial states.
+"""LIBERO's suites and tasks, and ours with spread: names, instructions, episode lengths and initial states.
+
+Initial states have numbers. In LIBERO's own suites they are the 50 shipped ones, for evaluation and demonstrations
+alike. A suite with spread (spread.py) has the tasks of its base, and other states: 0 to 49 for evaluation, from 50 on
+for demonstrations.
 
 Non-obvious:
 - ``libero_10`` is the suite the literature calls "Long"; it is one suite of ten tasks, not ten suites.
 - The instruction is the task's file name in words, as published policies are trained and evaluated with. The
   ``:language`` line of the task's BDDL file can be worded differently ("Pick the milk", "pick up the milk").
-- The packages register dozens of perturbed suites; only the five public ones are named here.
+- The packages register dozens of perturbed suites; only the five public ones and our own two are named here.
+- Task names, BDDL files and instructions do not tell a suite with spread from its base.
 """
 
 import difflib
@@ -17,16 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import UnknownName
+from geomcache.pipeline.sim import spread
 from geomcache.pipeline.sim.system import missing_part_named, quiet_simulator, require_simulator
 
 # Suite -> the most control steps of one evaluation episode, after settling (OpenVLA's and openpi's numbers).
-SUITES: dict[str, int] = {
+PUBLIC_SUITES: dict[str, int] = {
     "libero_spatial": 220,
     "libero_object": 280,
     "libero_goal": 300,
     "libero_10": 520,
     "libero_90": 400,
 }
+# The same, with the suites of spread.py: whatever evaluation and the recorder accept.
+SUITES: dict[str, int] = PUBLIC_SUITES | {suite: PUBLIC_SUITES[base] for suite, base in spread.BASES.items()}
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class TaskInfo:
     name: str  # LIBERO's task name; the demonstration file is <name>_demo.hdf5
     instruction: str
     bddl_path: Path
-    n_init_states: int
+    n_init_states: int  # those that evaluation uses: 0 to n - 1
 
 
 def horizon(suite: str) -> int:
@@ -70,27 +78,44 @@ def task_info(suite: str, index: int) -> TaskInfo:
         name=task.name,
         instruction=task.language,
         bddl_path=Path(benchmark.get_task_bddl_file_path(index)).resolve(),
-        n_init_states=len(_init_states(suite, index)),
+        n_init_states=len(_evaluation_states(suite, index)),
     )
 
 
 @functools.cache
 def all_instructions() -> tuple[str, ...]:
     """Of every task of every suite, each once."""
-    return tuple(sorted({str(b.get_task(i).language) for b in map(_benchmark, SUITES) for i in range(b.n_tasks)}))
+    return tuple(
+        sorted({str(b.get_task(i).language) for b in map(_benchmark, PUBLIC_SUITES) for i in range(b.n_tasks)})
+    )
+
+
+def demo_states(suite: str, index: int) -> range:
+    """The numbers of the initial states from which demonstrations are recorded; see the module's first lines."""
+    task_info(suite, index)  # so that an unknown name is told as such
+    if suite in spread.BASES:
+        first = spread.EVALUATION_STATES
+        return range(first, first + len(spread.task_spread(suite, index).demonstrations))
+    return _evaluation_states(suite, index)
 
 
 def init_state(suite: str, index: int, i: int) -> NDArray[np.float64]:
-    """Shipped initial state ``i`` of a task: MuJoCo's flat state [1 + nq + nv] (time, qpos, qvel)."""
-    task = task_info(suite, index)
-    if not 0 <= i < task.n_init_states:
+    """Initial state ``i`` of a task, of evaluation or of demonstrations.
+
+    MuJoCo's flat state [1 + nq + nv] (time, qpos, qvel).
+    """
+    evaluation, demonstrations = range(task_info(suite, index).n_init_states), demo_states(suite, index)
+    if i not in evaluation and i not in demonstrations:
         raise UnknownName(
             f"{suite} task {index} has no initial state {i}",
-            expected=f"an index from 0 to {task.n_init_states - 1}",
+            expected=f"an index from 0 to {max([*evaluation, *demonstrations])}",
             found=str(i),
             fix="use a smaller index, or take it modulo the number of initial states",
         )
-    return np.array(_init_states(suite, index)[i], dtype=np.float64)
+    shipped_ND = _shipped_states(suite, index)
+    if suite in spread.BASES:
+        return spread.task_spread(suite, index).state(i, shipped_ND)
+    return np.array(shipped_ND[i], dtype=np.float64)
 
 
 def _require_suite(suite: str) -> None:
@@ -112,11 +137,17 @@ def _benchmark(suite: str) -> Any:
     with missing_part_named(), quiet_simulator():
         from libero.libero import benchmark
 
-        return benchmark.get_benchmark_dict()[suite]()
+        return benchmark.get_benchmark_dict()[spread.BASES.get(suite, suite)]()
+
+
+def _evaluation_states(suite: str, index: int) -> range:
+    if suite in spread.BASES:
+        return range(len(spread.task_spread(suite, index).evaluation))
+    return range(len(_shipped_states(suite, index)))
 
 
 @functools.cache
-def _init_states(suite: str, index: int) -> NDArray[np.float64]:
+def _shipped_states(suite: str, index: int) -> NDArray[np.float64]:
     states = np.asarray(_benchmark(suite).get_task_init_states(index), dtype=np.float64)
     states.setflags(write=False)
     return states

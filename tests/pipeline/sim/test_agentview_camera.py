@@ -62,7 +62,7 @@ def test_matrices_fit_the_simulator_and_find_how_its_pictures_are_stored(env: Li
 def test_an_instruction_belongs_to_one_kind_of_scene() -> None:
     """Else the instruction would not be enough; the stove's two kinds have the same cameras."""
     kinds = defaultdict(set)
-    for suite in suites.SUITES:
+    for suite in suites.PUBLIC_SUITES:
         for i in range(suites.task_count(suite)):
             task = suites.task_info(suite, i)
             kinds[task.instruction].add(task.bddl_path.read_text().split("problem")[1].split(")")[0].strip())

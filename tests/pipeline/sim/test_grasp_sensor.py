@@ -95,7 +95,7 @@ def test_targets_of_all_public_tasks() -> None:
     from libero.libero.envs import bddl_utils
 
     found: dict[str, dict[int, tuple[str, ...]]] = {}
-    for suite in suites.SUITES:
+    for suite in suites.PUBLIC_SUITES:
         for index in range(suites.task_count(suite)):
             task = suites.task_info(suite, index)
             problem = bddl_utils.robosuite_parse_problem(str(task.bddl_path))

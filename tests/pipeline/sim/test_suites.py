@@ -19,14 +19,14 @@ def test_a_task_is_described() -> None:
 
 
 def test_every_suite_has_its_tasks_and_horizon() -> None:
-    assert {name: suites.task_count(name) for name in suites.SUITES} == {
+    assert {name: suites.task_count(name) for name in suites.PUBLIC_SUITES} == {
         "libero_spatial": 10,
         "libero_object": 10,
         "libero_goal": 10,
         "libero_10": 10,
         "libero_90": 90,
     }
-    assert [suites.horizon(name) for name in suites.SUITES] == [220, 280, 300, 520, 400]
+    assert [suites.horizon(name) for name in suites.PUBLIC_SUITES] == [220, 280, 300, 520, 400]
 
 
 def test_a_misspelt_suite_gets_a_suggestion() -> None:
@@ -47,6 +47,6 @@ def test_an_unknown_task_or_state_gets_the_list() -> None:
 
 def test_the_sources_rule_gives_every_tasks_instruction() -> None:
     """So that a policy is trained on the sentence that evaluation gives it."""
-    tasks = [suites.task_info(suite, i) for suite in suites.SUITES for i in range(suites.task_count(suite))]
+    tasks = [suites.task_info(suite, i) for suite in suites.PUBLIC_SUITES for i in range(suites.task_count(suite))]
     assert len(tasks) == 130
     assert [task.name for task in tasks if instruction_of(task.name) != task.instruction] == []
