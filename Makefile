@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUICKSTART ?= quickstart/quickstart
+PROOF ?= tiny/proof
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install system quickstart test lint types unit bench gpu-check demo-table torture clean
+.PHONY: help install system quickstart proof test lint types unit bench gpu-check demo-table torture clean
 
 help:
 	@echo "make quickstart   the whole chain at tiny size in the real simulator (QUICKSTART=quickstart/smallest: less)"
+	@echo "make proof        arms that see nothing, images, geometry, on unseen placements: about an hour (ARMS=all: hours)"
 	@echo "make test         lint, types, tests"
 	@echo "make install      only .venv"
 	@echo "make torture      the cache's fault tests at length; counts are written to runs/torture"
@@ -41,6 +43,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: install
 	$(BIN)/geomcache quickstart --config $(QUICKSTART)
+
+# It continues where it was stopped: everything that was finished is skipped.
+proof: install
+	$(BIN)/geomcache proof --config $(PROOF) $(if $(ARMS),--arms $(ARMS))
 
 test: lint types unit
 

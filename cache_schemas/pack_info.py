@@ -57,10 +57,19 @@ class EpisodeLeftOut(Schema):
     why: str
 
 
+class PackSteps(Schema):
+    """Control steps behind the rows, where rows lie several apart or some steps' executed actions carried pushes."""
+
+    per_row: int = Field(ge=1)  # k: row r of an episode is its control step r * k and holds k actions
+    total: int  # of all episodes
+    perturbed: int | None = None  # steps whose executed action carried a push; None: no source says
+
+
 class PackInfo(VersionedSchema):
     """The pack's card for machines."""
 
-    schema_version: int = 2  # 2: settings and details of sources, no-op filter, episodes left out
+    # 2: settings and details of sources, no-op filter, episodes left out; 3: packs with `steps`, all others stay 2
+    schema_version: int = 3
     request: PackRequest
     rows: int
     episodes: int
@@ -68,6 +77,12 @@ class PackInfo(VersionedSchema):
     index: tuple[PackFile, ...]  # rows.arrow, episodes.arrow
     left_out: tuple[EpisodeLeftOut, ...] = ()  # damaged (with --on-error skip) or failed (no_ops.success_only)
     no_op_rows: int = 0  # rows that the filter left out
+    steps: PackSteps | None = Field(default=None, exclude_if=lambda steps: steps is None)  # None: every row is a step
+
+    @property
+    def steps_per_row(self) -> int:
+        """Control steps from one row of an episode to the next."""
+        return 1 if self.steps is None else self.steps.per_row
 
     @property
     def contract(self) -> Contract:

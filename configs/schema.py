@@ -1,9 +1,9 @@
 """The configuration class behind every command and every preset folder, and the settings that span stages."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.pack_info import NoOpFilter
@@ -41,13 +41,19 @@ class PackConfig(Schema):
         ]
 
 
-class QuickstartConfig(Schema):
-    """``geomcache quickstart``: the whole chain. Every section is that command's settings without its paths."""
+class ChainConfig(Schema):
+    """What the commands that run the whole chain share. Every section is that command's settings without its paths."""
 
-    out: Path = Path("runs/quickstart")
+    out: Path
     demos: dict[str, Any]
     pack: dict[str, Any]
     extract: dict[str, dict[str, Any]]  # cache -> settings of its extraction; without `encoder` its name is the encoder
+
+
+class QuickstartConfig(ChainConfig):
+    """``geomcache quickstart``."""
+
+    out: Path = Path("runs/quickstart")
     probe: dict[str, str] = Field(default_factory=dict)  # cache -> the one that it must tell more than (cache probe)
     train: dict[str, "QuickstartRun"]  # name -> run
     eval: dict[str, Any]
@@ -61,6 +67,72 @@ class QuickstartRun(Schema):
     settings: dict[str, Any]
 
 
+class ProofConfig(ChainConfig):
+    """``geomcache proof``: policies that differ in what they see, met by the same placements."""
+
+    out: Path = Path("runs/proof")
+    train: dict[str, Any]  # what all arms share
+    arms: dict[str, "ProofArm"] = Field(min_length=1)  # name -> arm; the first is the baseline of the report pages
+    core: tuple[str, ...] = Field(min_length=1)  # arms that are trained where none are asked for
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)  # of training: every arm is trained with each
+    eval: dict[str, Any]  # what all cells share
+    cells: dict[str, "ProofCell"] = Field(min_length=1)  # name -> conditions under which arms are evaluated
+    comparisons: tuple[tuple[str, str], ...] = ()  # pairs of ARM/CELL named beforehand: the second against the first
+    gate: "ProofGate | None" = None
+    processes: int = Field(default=2, ge=1)  # arms side by side, one thread each
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        sides = [side for pair in self.comparisons for side in pair]
+        if self.gate is not None:
+            sides += [f"{arm}/{self.gate.cell}" for arm in (*self.gate.at_least, *self.gate.at_most)]
+        known = {f"{arm}/{name}" for arm in self.arms for name, cell in self.cells.items() if cell.is_for(arm)}
+        for what, names, among in (
+            ("core", self.core, set(self.arms)),
+            ("cells: only", [arm for cell in self.cells.values() for arm in cell.only or ()], set(self.arms)),
+            ("arms: cache", [arm.cache for arm in self.arms.values() if arm.cache], set(self.extract)),
+            ("comparisons and gate", sides, known),
+        ):
+            if missing := sorted(set(names) - among):
+                raise ValueError(f"{what} may name {', '.join(sorted(among))}; there is no {', '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_seed(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: each once, not {list(self.seeds)}")
+        if "seed" in self.train or any("seed" in arm.settings for arm in self.arms.values()):
+            raise ValueError("seeds names the training seeds; leave seed out of train and arms")
+        return self
+
+
+class ProofArm(Schema):
+    """One policy of the proof."""
+
+    cache: str | None = None  # whose tokens it reads; None: no geometry
+    settings: dict[str, Any] = Field(default_factory=dict)  # of its training, laid over the shared ones key by key
+
+
+class ProofCell(Schema):
+    """One condition of evaluation."""
+
+    settings: dict[str, Any] = Field(default_factory=dict)  # laid over the shared ones of `eval`
+    only: tuple[str, ...] | None = None  # arms that are evaluated here; None: all
+    core: bool = True  # False: left out where no arms are asked for
+
+    def is_for(self, arm: str) -> bool:
+        """Whether ``arm`` is evaluated here."""
+        return self.only is None or arm in self.only
+
+
+class ProofGate(Schema):
+    """What must come out in one cell, as shares of episodes over all training seeds."""
+
+    cell: str
+    at_least: dict[str, float] = Field(default_factory=dict)  # arm -> success rate
+    at_most: dict[str, float] = Field(default_factory=dict)
+
+
 # Folder of presets -> what its YAML files are.
 PRESET_CLASSES: dict[str, type[Schema]] = {
     "demos": DemosConfig,
@@ -69,4 +141,5 @@ PRESET_CLASSES: dict[str, type[Schema]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "quickstart": QuickstartConfig,
+    "tiny": ProofConfig,
 }

@@ -53,19 +53,26 @@ class Observation:
 
 @dataclass(frozen=True)
 class EpisodeHead:
-    """What is known of one demonstration without decoding a frame; row t is (observation BEFORE action t, action t)."""
+    """What is known of one demonstration without decoding a frame; row t is (observation BEFORE action t, action t).
+
+    Where only every k-th control step was observed, row r is the observation before action r * k, and the actions r * k
+    to r * k + k - 1 are its own; the last row may have fewer.
+    """
 
     where: str  # file and episode as a person finds them: "x_demo.hdf5: data/demo_3"
     suite: str  # LIBERO's suite, "unknown" where the data set does not say
     task: str  # LIBERO's task name
     number: int  # of the episode within its task or data set
     instruction: str
-    actions_TA: NDArray[np.float32]  # [T, 7] in the simulator's convention, see Contract.action_layout
+    actions_TA: NDArray[np.float32]  # [T, 7] of every control step, in the convention of Contract.action_layout
     succeeded: bool | None = None  # None: the data set does not say
     metadata: dict[str, str] = field(default_factory=dict)  # recorder's seed, init state, noise; shown in the index
+    steps_per_row: int = 1  # k: control steps from one row to the next
+    perturbed_T: NDArray[np.bool_] | None = None  # [T] the executed action carried a push; None: never said
 
     def __len__(self) -> int:
-        return len(self.actions_TA)
+        """Rows."""
+        return -(-len(self.actions_TA) // self.steps_per_row)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import typer
 
+from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.configs.load import load_config, preset_names, read_yaml
 from geomcache.configs.schema import PRESET_CLASSES
 from geomcache.stages.cli.app import app
+from geomcache.stages.train.checkpoint import load_policy, read_card
+from geomcache.stages.train.export_record import read_record
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("cache_schemas", "pipeline", "stages", "configs")
@@ -71,9 +74,32 @@ def test_every_preset_loads(name: str) -> None:
     assert isinstance(read_yaml(name), dict)
 
 
+SHIPPED = ROOT / "configs" / "checkpoints"
+SHIPPED_BYTES = 5_000_000
+
+
+@pytest.mark.parametrize("folder", sorted(SHIPPED.iterdir()) if SHIPPED.exists() else [], ids=lambda path: path.name)
+def test_every_shipped_policy_is_small_and_whole(folder: Path) -> None:
+    """Exactly what ``geomcache export`` writes, of the bytes that its card names, loaded strictly."""
+    checkpoint = read_card(folder)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {*checkpoint.digests, "card.json", "README.md"}
+    tokenizer = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+    assert checkpoint.digests.keys() == {
+        "policy.safetensors",
+        "export.json",
+        *(f"backbone/{name}" for name in tokenizer),
+    }
+    assert {name: digest_file(folder / name) for name in checkpoint.digests} == checkpoint.digests
+    assert (folder / "policy.safetensors").stat().st_size <= SHIPPED_BYTES
+    assert read_record(folder).name == folder.name
+    assert load_policy(folder, checkpoint)
+
+
 OPTIONS = {
     "encoders": "--json",
-    "demos": "--suite --task --episodes --out --seed --noise --workers --replay --config --set --json",
+    "demos": "--suite --task --episodes --out --seed --noise --perturb --every --workers --replay --config --set "
+    "--json",
     "pack build": "SOURCES --out --workers --kind --on-error --drop-no-ops --rows-per-shard --config --set --json",
     "pack info": "PACK --verify --json",
     "pack check": "SOURCE --kind --episodes --set --json",
@@ -83,8 +109,9 @@ OPTIONS = {
     "train": "--pack --cache --out --compressor --steps --seed --processes --ablation --describe --config --set --json",
     "diagnose": "RUN --rows --out --json",
     "check": "RUN --episodes --demos --out --device --set --json",
-    "eval": "RUN --suite --tasks --episodes --seeds --workers --video-fps --out --resume --encoder "
-    "--cameras --image-orientation --config --set --json",
+    "export": "RUN --out --evaluation --dtype --json",
+    "eval": "RUN --checkpoint --suite --tasks --episodes --seeds --workers --video-fps --control --out --resume "
+    "--encoder --cameras --image-orientation --config --set --json",
     "serve": "RUN --host --port --token --without-geometry --config --set --json",
     "cache ls": "FOLDER --json",
     "cache info": "CACHE --json",
@@ -97,6 +124,7 @@ OPTIONS = {
     "cache probe": "CACHE --pack --against --rows --json",
     "report": "FOLDERS --out --title --json",
     "quickstart": "--out --config --set --json",
+    "proof": "--out --arms --dry-run --config --set --json",
 }
 
 

@@ -28,7 +28,7 @@ from geomcache.pipeline.files import atomic_writer, locked_folder, remove_leftov
 from geomcache.pipeline.interfaces import FrameSource
 from geomcache.pipeline.open_source import SourceRequest, open_source, resolve
 from geomcache.pipeline.pack.card import data_card
-from geomcache.pipeline.pack.format import EPISODE_SCHEMA, PARTS_FOLDER, part_name, row_schema
+from geomcache.pipeline.pack.format import PARTS_FOLDER, episode_schema, part_name
 from geomcache.pipeline.pack.plan import PackPlan, Planner, Progress, one_line, require_common_contract
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.pipeline.pack.shard_writer import PackWorker, ShardTask, Undecodable, finished_part
@@ -189,16 +189,16 @@ def _remembered(out: Path, request: PackRequest) -> dict[tuple[int, int], str]:
 
 def _task(plan: PackPlan, shard: int) -> ShardTask:
     first = shard * plan.request.rows_per_shard
-    return ShardTask(shard, first, tuple(plan.pieces(shard)), plan.shard_digest(shard))
+    return ShardTask(shard, first, tuple(plan.pieces(shard)), plan.row_schema, plan.shard_digest(shard))
 
 
 def _finish(plan: PackPlan, out: Path) -> PackInfo:
     """Join the index, write the card, and last pack.json."""
     shards = [finished_part(out, _task(plan, shard)) for shard in range(plan.shards)]
     parts = [pa.ipc.open_file(pa.memory_map(str(out / part_name(k)))).read_all() for k in range(plan.shards)]
-    schema = row_schema(plan.request.contract)
-    rows = pa.concat_tables([part.cast(schema) for part in parts])
+    rows = pa.concat_tables([part.cast(plan.row_schema) for part in parts])
     info = PackInfo(
+        schema_version=2 if plan.steps is None else 3,
         request=plan.request,
         rows=plan.rows,
         episodes=len(plan.episodes),
@@ -206,6 +206,7 @@ def _finish(plan: PackPlan, out: Path) -> PackInfo:
         index=(_write_table(out, ROWS_NAME, rows), _write_table(out, EPISODES_NAME, _episodes(plan))),
         left_out=plan.left_out,
         no_op_rows=plan.no_op_rows,
+        steps=plan.steps,
     )
     assert len(info.shards) == plan.shards, "every shard was written"
     _remove_shards_beyond(out, plan.shards)
@@ -223,21 +224,22 @@ def _remove_shards_beyond(out: Path, shards: int) -> None:
 
 
 def _episodes(plan: PackPlan) -> pa.Table:
+    schema = episode_schema(plan.steps)
     lines = [
-        (
-            number,
-            episode.head.suite,
-            episode.head.task,
-            episode.head.number,
-            episode.head.instruction,
-            episode.first_row,
-            len(episode),
-            json.dumps(episode.head.metadata, sort_keys=True),
-        )
+        {
+            "episode": number,
+            "suite": episode.head.suite,
+            "task": episode.head.task,
+            "number": episode.head.number,
+            "instruction": episode.head.instruction,
+            "first_row": episode.first_row,
+            "rows": len(episode),
+            "metadata": json.dumps(episode.head.metadata, sort_keys=True),
+            "steps": len(episode.head.actions_TA),
+        }
         for number, episode in enumerate(plan.episodes)
     ]
-    columns = [list(column) for column in zip(*lines, strict=True)]
-    return pa.table(dict(zip(EPISODE_SCHEMA.names, columns, strict=True)), schema=EPISODE_SCHEMA)
+    return pa.table({name: [line[name] for line in lines] for name in schema.names}, schema=schema)
 
 
 def _write_table(out: Path, name: str, table: pa.Table) -> PackFile:

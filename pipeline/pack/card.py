@@ -31,7 +31,7 @@ of {info.request.rows_per_shard} rows. Digest `{info.digest}`.
 
 - Images: RGB PNG, {contract.image_orientation} (row 0 is up; not mirrored). {depth}
 - State: `{contract.state_layout}`; action: `{contract.action_layout}`, gripper `{contract.gripper_sign}`.
-- Row t holds the observation before action t; {contract.control_rate_hz} Hz.
+- {_rows(info)}; {contract.control_rate_hz} Hz.
 
 Sources:
 {sources}
@@ -40,6 +40,24 @@ Open it with plain `tar`, with `webdataset.WebDataset("shards/000000.tar")`, or 
 `geomcache.pipeline.pack.reader.PackReader`; `rows.arrow` and `episodes.arrow` are Arrow IPC files
 (`pyarrow.ipc.open_file`).
 """
+
+
+def _rows(info: PackInfo) -> str:
+    """What a row's step and actions are."""
+    steps = info.steps
+    text = "Row t holds the observation before action t"
+    if steps is not None and steps.per_row > 1:
+        text = (
+            f"Only one in {steps.per_row} control steps was observed: row r of an episode holds the observation before "
+            f"control step {steps.per_row} r (`step`) and the `actions` of {steps.per_row} steps from there on; "
+            f"{steps.total} control steps in all"
+        )
+    if steps is not None and steps.perturbed is not None:
+        text += (
+            f". Actions are the demonstrator's answers; in {steps.perturbed} control steps (`perturbed`) a push was "
+            "added to what was executed, and what was answered after it counts in no chunk that begins before it"
+        )
+    return text
 
 
 def _left_out(info: PackInfo) -> str:

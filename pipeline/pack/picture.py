@@ -29,7 +29,7 @@ def row_picture(pack: PackReader, row: int) -> bytes:
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"{episode.instruction}\n{episode.suite}, episode {episode.number} of its task, "
-        f"step {row - episode.first_row} of {episode.rows}, row {row}",
+        f"step {pack.step_of_row[row]} of {episode.steps}, row {row}",
         fontsize=9,
     )
     grid = figure.add_gridspec(lines, 2 * len(cameras), height_ratios=[1.0] * (lines - 1) + [0.65])

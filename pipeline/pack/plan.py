@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import ContractMismatch, InputError, SourceDamaged
 from geomcache.cache_schemas.fingerprint import digest_bytes, digest_json
 from geomcache.cache_schemas.layout import shard_count, shard_rows
-from geomcache.cache_schemas.pack_info import EpisodeLeftOut, PackRequest
+from geomcache.cache_schemas.pack_info import EpisodeLeftOut, PackRequest, PackSteps
 from geomcache.pipeline.frames import EpisodeHead
 from geomcache.pipeline.interfaces import FrameSource
 from geomcache.pipeline.no_ops import rows_kept
+from geomcache.pipeline.pack.format import row_schema
 
 Progress = Callable[[int, int, str], None]  # (done, in all, of what)
 
@@ -38,12 +40,12 @@ class Piece:
 
     number: int  # of the episode in the pack
     planned: PlannedEpisode
-    steps: range  # steps of the packed episode
+    rows: range  # of the packed episode
 
     @property
     def source_rows(self) -> NDArray[np.int64]:
         """The same rows as the source numbers them."""
-        return self.planned.kept[self.steps.start : self.steps.stop]
+        return self.planned.kept[self.rows.start : self.rows.stop]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,21 @@ class PackPlan:
     def shards(self) -> int:
         """Shards in all; the last may be short."""
         return shard_count(self.rows, self.request.rows_per_shard)
+
+    @cached_property
+    def steps(self) -> PackSteps | None:
+        """Of all episodes; None where every row is a control step and no source speaks of pushes."""
+        heads = [episode.head for episode in self.episodes]
+        perturbed = [int(head.perturbed_T.sum()) for head in heads if head.perturbed_T is not None]
+        if heads[0].steps_per_row == 1 and not perturbed:
+            return None
+        total = sum(len(head.actions_TA) for head in heads)
+        return PackSteps(per_row=heads[0].steps_per_row, total=total, perturbed=sum(perturbed) if perturbed else None)
+
+    @cached_property
+    def row_schema(self) -> pa.Schema:
+        """Columns of rows.arrow."""
+        return row_schema(self.request.contract, self.steps)
 
     @cached_property
     def _first_rows(self) -> NDArray[np.int64]:
@@ -87,10 +104,10 @@ class PackPlan:
     def shard_digest(self, shard: int) -> str:
         """Of everything that decides the shard's bytes; a shard with the same digest need not be made again."""
         rows = [
-            [piece.planned.source, piece.planned.episode, piece.number, piece.steps.start, piece.source_rows.tolist()]
+            [piece.planned.source, piece.planned.episode, piece.number, piece.rows.start, piece.source_rows.tolist()]
             for piece in self.pieces(shard)
         ]
-        return digest_json([self._request_digest, shard, rows])
+        return digest_json([self._request_digest, shard, rows, self.row_schema.names])
 
 
 class Planner:
@@ -107,7 +124,7 @@ class Planner:
 
         Raises:
             SourceDamaged: an episode is damaged or there twice, and the request does not say to skip it.
-            InputError: nothing is left to pack.
+            InputError: nothing is left to pack, or not all rows are equally many control steps apart.
         """
         known: dict[str, str] = {}  # digest of an episode's actions -> where it is
         episodes: list[PlannedEpisode] = []
@@ -139,6 +156,7 @@ class Planner:
                 found="; ".join(f"{one.where}: {one.why}" for one in left_out[:3]) or "none",
                 fix="give another SOURCE, or a weaker filter",
             )
+        self._require_common_steps([episode.head for episode in episodes])
         return PackPlan(self._request, tuple(episodes), tuple(left_out), no_op_rows)
 
     def _each(self, progress: Progress) -> Iterator[tuple[int, int]]:
@@ -170,6 +188,26 @@ class Planner:
             )
         known[digest] = head.where
         return head
+
+    def _require_common_steps(self, heads: Sequence[EpisodeHead]) -> None:
+        first = heads[0]
+        for head in heads:
+            if head.steps_per_row != first.steps_per_row:
+                raise InputError(
+                    "the rows of the demonstrations are not equally many control steps apart",
+                    expected=f"{first.steps_per_row}, as in {first.where}",
+                    found=f"{head.steps_per_row} in {head.where}",
+                    fix="build a pack of each kind, and train on both: they may be pairs of one run",
+                )
+            if self._request.no_ops is not None and (head.steps_per_row > 1 or head.perturbed_T is not None):
+                raise InputError(
+                    f"the no-op filter cannot be used on {head.where}",
+                    expected="every control step observed, and none of them pushed: a row that is left out would take "
+                    "the actions or the push with it",
+                    found=f"rows {head.steps_per_row} control steps apart"
+                    + (", pushes" if head.perturbed_T is not None else ""),
+                    fix="leave out --drop-no-ops (no_ops: null)",
+                )
 
     def _is_failure(self, head: EpisodeHead) -> bool:
         return self._request.no_ops is not None and self._request.no_ops.success_only and not _succeeded(head)

@@ -17,6 +17,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngImageFile
 
+from geomcache.cache_schemas.contract import ACTION_DIM
 from geomcache.cache_schemas.errors import InputError, PackDamaged
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.cache_schemas.layout import shard_count, shard_of, shard_rows
@@ -40,6 +41,7 @@ class EpisodeRecord:
     first_row: int
     rows: int
     metadata: str
+    steps: int  # control steps; more than rows where rows lie several apart
 
 
 class PackReader:
@@ -74,11 +76,18 @@ class PackReader:
             if digest_file(path / file.name) != file.sha256:
                 raise _damaged(path / file.name, "the bytes that were packed", "other bytes")
         self._rows = _open_table(path / ROWS_NAME)
-        self.episodes = [EpisodeRecord(**line) for line in _open_table(path / EPISODES_NAME).to_pylist()]
+        lines = _open_table(path / EPISODES_NAME).to_pylist()
+        self.episodes = [EpisodeRecord(**{"steps": line["rows"], **line}) for line in lines]
         self._require_consistent()
         self.states_NS = self._column("state")  # [N, 8] float32
         self.actions_NA = self._column("action")  # [N, 7] float32
         self.episode_of_row = self._column("episode")  # [N] int32
+        self.step_of_row = self._column("step")  # [N] int32, control step of the episode
+        # [N * k, 7]: k control steps for each row, so that an episode's steps lie one behind the other
+        every_step = "action" if self.info.steps_per_row == 1 else "actions"
+        self._labels_SA = self._column(every_step).reshape(-1, ACTION_DIM)
+        self._end_N = self._ends()
+        self.counted_N = self._counted()  # [N] how many actions from the row's on count in a chunk; see action_chunk
         self._offsets = self._column("offset")
         self._sizes = self._column("size")
         self._checksums = self._column("crc32c")  # neither PIL nor .npy notices a flipped bit
@@ -107,11 +116,14 @@ class PackReader:
             shard_count(len(self._rows), info.request.rows_per_shard),
             len(self._rows),
         )
-        if claimed != found or self._rows.schema != row_schema(info.contract):
+        steps = sum(episode.steps for episode in self.episodes)
+        steps_fit = info.steps is None or info.steps.total == steps
+        steps_fit &= all(-(-episode.steps // info.steps_per_row) == episode.rows for episode in self.episodes)
+        if claimed != found or not steps_fit or self._rows.schema != row_schema(info.contract, info.steps):
             raise _damaged(
                 self.path / PACK_NAME,
-                f"{found[0]} rows, {found[1]} episodes and {found[2]} shards, as the index holds, and its columns",
-                f"{claimed[0]} rows, {claimed[1]} episodes, {claimed[2]} shards",
+                f"{found[0]} rows, {found[1]} episodes, {found[2]} shards, {steps} steps and columns, as indexed",
+                f"{claimed[0]} rows, {claimed[1]} episodes, {claimed[2]} shards, steps {info.steps}",
             )
 
     def verify_shard(self, shard: int) -> None:
@@ -160,6 +172,40 @@ class PackReader:
             for view in range(len(cameras)):
                 self._decode(row, view, images[place, view])
         return images
+
+    def action_chunk(self, row: int, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The next T = ``horizon`` control steps' actions from the row's own on, and which of them count.
+
+        Behind the episode's end the last action is repeated. What counts is one run from the row's step to the
+        episode's end, or to the step at which the first push was executed: what the expert answered after that, it
+        answered in a state to which only the push leads.
+
+        Returns:
+            actions float32 [T, 7], counts bool [T]; the sum of counts is min(T, ``counted_N[row]``) and at least 1.
+        """
+        first, wanted = row * self.info.steps_per_row, np.arange(horizon)
+        return self._labels_SA[np.minimum(first + wanted, self._end_N[row] - 1)], wanted < self.counted_N[row]
+
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[S, 7] of every control step that belongs to one of ``rows``, in their order; S = rows where k is 1."""
+        per_row = self.info.steps_per_row
+        steps_NK = np.asarray(rows)[:, None] * per_row + np.arange(per_row)
+        return np.asarray(self._labels_SA[steps_NK[steps_NK < self._end_N[rows, None]]])
+
+    def _ends(self) -> NDArray[np.int64]:
+        """[N] where in ``_labels_SA`` the row's episode ends."""
+        ends = [episode.first_row * self.info.steps_per_row + episode.steps for episode in self.episodes]
+        return np.repeat(np.array(ends, dtype=np.int64), [episode.rows for episode in self.episodes])
+
+    def _counted(self) -> NDArray[np.int64]:
+        """[N] control steps from the row's own to the episode's end or, if that is nearer, to the next push."""
+        firsts_N, end_N = np.arange(len(self)) * self.info.steps_per_row, self._end_N
+        if "perturbed" in self._rows.schema.names:
+            perturbed = self._column("perturbed").ravel()
+            steps = np.where(perturbed, np.arange(len(perturbed)), len(perturbed))
+            next_push = np.minimum.accumulate(steps[::-1])[::-1]  # of each step, itself included
+            end_N = np.minimum(end_N, next_push[firsts_N] + 1)
+        return np.asarray(end_N - firsts_N, dtype=np.int64)
 
     def instruction(self, row: int) -> str:
         """The instruction of the row's episode."""

@@ -27,7 +27,7 @@ from geomcache.pipeline.files import atomic_writer
 from geomcache.pipeline.frames import EpisodeRows
 from geomcache.pipeline.interfaces import FrameSource
 from geomcache.pipeline.open_source import SourceRequest, open_source
-from geomcache.pipeline.pack.format import member_suffixes, part_name, row_schema, shard_name
+from geomcache.pipeline.pack.format import member_suffixes, part_name, shard_name
 from geomcache.pipeline.pack.plan import Piece
 
 _ROWS_AT_ONCE = 64  # decoded together; bounds the memory of a worker
@@ -43,6 +43,7 @@ class ShardTask:
     shard: int
     first_row: int
     pieces: tuple[Piece, ...]
+    schema: pa.Schema  # of rows.arrow
     plan_digest: str
 
 
@@ -78,25 +79,25 @@ class PackWorker:
         self._sources = []
 
     def _write(self, task: ShardTask) -> PackFile:
-        columns: dict[str, list[Any]] = {name: [] for name in row_schema(self._contract).names}
+        columns: dict[str, list[Any]] = {name: [] for name in task.schema.names}
         name = shard_name(task.shard)
         (self._out / part_name(task.shard)).unlink(missing_ok=True)  # it vouches for the tar that is replaced now
         with atomic_writer(self._out / name) as file:
             tar, row = _TarWriter(file), task.first_row
             for piece in task.pieces:
-                for steps, rows in self._decoded(piece):
-                    for i, step in enumerate(steps):
-                        _add_row(tar, row, piece, step, rows, i, self._contract, columns)
+                for numbers, rows in self._decoded(piece):
+                    for i, number in enumerate(numbers):
+                        _add_row(tar, row, piece, number, rows, i, self._contract, columns)
                         row += 1
             tar.close()
         written = PackFile(name=name, bytes=tar.bytes, sha256=tar.digest.hexdigest())
-        _write_part(self._out, task, columns, self._contract, written)
+        _write_part(self._out, task, columns, written)
         return written
 
     def _decoded(self, piece: Piece) -> Iterator[tuple[range, EpisodeRows]]:
-        """The piece's rows, some at a time, with the steps they are."""
+        """The piece's rows, some at a time, with their numbers in the packed episode."""
         source = self._sources[piece.planned.source]
-        for first in range(0, len(piece.steps), _ROWS_AT_ONCE):
+        for first in range(0, len(piece.rows), _ROWS_AT_ONCE):
             wanted = piece.source_rows[first : first + _ROWS_AT_ONCE]
             start, stop = int(wanted[0]), int(wanted[-1]) + 1
             try:
@@ -105,7 +106,7 @@ class PackWorker:
                 raise _PieceDamaged(piece, problem) from problem
             if len(wanted) < stop - start:
                 rows = rows.take(wanted - start)
-            yield piece.steps[first : first + _ROWS_AT_ONCE], rows
+            yield piece.rows[first : first + _ROWS_AT_ONCE], rows
 
 
 class _PieceDamaged(Exception):
@@ -130,9 +131,9 @@ def finished_part(out: Path, task: ShardTask) -> PackFile | None:
     return record if tar.stat().st_size == record.bytes else None
 
 
-def _write_part(out: Path, task: ShardTask, columns: dict[str, list[Any]], contract: Contract, file: PackFile) -> None:
+def _write_part(out: Path, task: ShardTask, columns: dict[str, list[Any]], file: PackFile) -> None:
     commit = json.dumps({"plan": task.plan_digest, "file": file.model_dump(mode="json")}).encode()
-    table = pa.table(columns, schema=row_schema(contract).with_metadata({_COMMIT: commit}))
+    table = pa.table(columns, schema=task.schema.with_metadata({_COMMIT: commit}))
     with atomic_writer(out / part_name(task.shard)) as part, pa.ipc.new_file(part, table.schema) as sink:
         sink.write_table(table.combine_chunks())
 
@@ -203,13 +204,13 @@ def _add_row(
     tar: _TarWriter,
     row: int,
     piece: Piece,
-    step: int,
+    number: int,
     rows: EpisodeRows,
     i: int,
     contract: Contract,
     columns: dict[str, list[Any]],
 ) -> None:
-    """Append row ``i`` of ``rows`` to the tar and to the columns."""
+    """Append row ``i`` of ``rows``, row ``number`` of the packed episode, to the tar and to the columns."""
     frames = rows.frames
     members = [_png(image) for image in frames.images_BVHWC[i]]
     if frames.depth_BVHW is not None:
@@ -218,22 +219,29 @@ def _add_row(
         tar.add(f"{row:08d}.{suffix}", data) for suffix, data in zip(member_suffixes(contract), members, strict=True)
     ]
     head = piece.planned.head
-    action = head.actions_TA[piece.planned.kept[step]]
+    actions_KA, perturbed_K = _own_steps(piece, number)
     sample = {
         "suite": head.suite,
         "task": head.task,
         "instruction": head.instruction,
         "episode": piece.number,
-        "step": step,
+        "step": number * head.steps_per_row,
         "state": rows.states_TS[i].tolist(),
-        "action": action.tolist(),
+        "action": actions_KA[0].tolist(),
     }
+    if "actions" in columns:
+        sample["actions"] = actions_KA.tolist()
+    if "perturbed" in columns:
+        sample["perturbed"] = perturbed_K.tolist()
+    missing = head.steps_per_row - len(actions_KA)  # of an episode's last row
     tar.add(f"{row:08d}.json", json.dumps(sample).encode())
     values: dict[str, Any] = {
         "episode": piece.number,
-        "step": step,
+        "step": sample["step"],
         "state": sample["state"],
         "action": sample["action"],
+        "actions": np.pad(actions_KA, ((0, missing), (0, 0)), mode="edge").ravel().tolist(),
+        "perturbed": np.pad(perturbed_K, (0, missing)).tolist(),
         "offset": placed,
         "size": [len(data) for data in members],
         "crc32c": [crc32c(data) for data in members],
@@ -245,6 +253,17 @@ def _add_row(
         }
     for name, column in columns.items():
         column.append(values[name])
+
+
+def _own_steps(piece: Piece, number: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """(actions [K, 7], whether each carried a push [K]) of the control steps that are the row's own; K = 1 mostly."""
+    head = piece.planned.head
+    first = int(piece.planned.kept[number]) * head.steps_per_row
+    own = slice(first, first + head.steps_per_row)
+    actions_KA = head.actions_TA[own]
+    if head.perturbed_T is None:
+        return actions_KA, np.zeros(len(actions_KA), dtype=np.uint8)
+    return actions_KA, head.perturbed_T[own].astype(np.uint8)
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:

@@ -30,6 +30,7 @@ from geomcache.pipeline.files import atomic_writer, remove_leftovers, sync_folde
 from geomcache.pipeline.official_layout import file_camera_name
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.observation_rows import ObservationRows, scene_attributes
+from geomcache.pipeline.sim.perturbation import Perturbation
 from geomcache.pipeline.sim.suites import TaskInfo
 from geomcache.pipeline.sim.system import quiet_simulator
 
@@ -37,6 +38,7 @@ RECORDED_BY = "geomcache scripted expert"
 RECORDER_VERSION = 2  # raise it when the same configuration would record something else
 SETTLE_STEPS = 10  # no-ops before the expert acts; only the last is recorded
 CAP_INDEX = 0  # recorded steps that were dropped at the start; LIBERO's own script drops 5
+_IN_DIGEST_UNLESS_DEFAULT = ("perturb", "observe_every")  # settings younger than recordings that stand already
 
 
 class Config(Schema):
@@ -45,9 +47,11 @@ class Config(Schema):
     suite: str = "libero_object"
     tasks: tuple[int, ...] = ()  # task indices; empty = every task of the suite
     episodes: int = Field(default=50, ge=1)  # demonstrations per task
-    first_init_state: int = Field(default=0, ge=0)  # attempt k starts from shipped state first + k, modulo their number
+    first_init_state: int = Field(default=0, ge=0)  # attempt k starts from suites.demo_states' first + k, modulo
     seed: int = Field(default=0, ge=0, lt=2**31)  # attempt k of a task is seeded with seed + k
     noise: float = Field(default=0.0, ge=0.0, le=1.0)  # std added to executed xyz actions; labels stay clean
+    perturb: Perturbation | None = None  # pushes on executed xyz actions: {} for the standard ones; labels stay clean
+    observe_every: int = Field(default=1, ge=1)  # only every k-th step is rendered and stored; actions, states: all
     height: int = Field(default=128, ge=16)  # pixels
     width: int = Field(default=128, ge=16)  # pixels
     cameras: tuple[str, ...] = Field(default=("agentview", "robot0_eye_in_hand"), min_length=1)
@@ -64,6 +68,9 @@ class Config(Schema):
     def digest(self, task: TaskInfo) -> str:
         """Of everything that decides what attempt k at a task gives (not of how many are wanted)."""
         content = self.model_dump(mode="json", exclude={"tasks", "episodes", "max_attempts", "workers"})
+        for name in _IN_DIGEST_UNLESS_DEFAULT:
+            if content[name] == type(self).model_fields[name].default:
+                del content[name]
         return digest_json(content | {"task": task.name, "recorder_version": RECORDER_VERSION})
 
 
@@ -80,7 +87,7 @@ def recorded_in(path: Path) -> tuple[str | None, dict[int, str]]:
 
 
 class Demo:
-    """One demonstration while it is being replayed; ``take`` once after every action."""
+    """One recorded demonstration; made while ``env`` still holds its scene."""
 
     def __init__(
         self,
@@ -92,10 +99,15 @@ class Demo:
         init_state_index: int,
         labels_TA: NDArray[np.float64],
         executed_TA: NDArray[np.float64],
+        perturbed_T: NDArray[np.bool_],
         states_TD: NDArray[np.float64],
+        observed: ObservationRows,
     ) -> None:
-        self.labels_TA, self.executed_TA, self.states_TD = labels_TA, executed_TA, states_TD
-        self.observed = ObservationRows()
+        assert len(observed) == -(-len(labels_TA) // observed.every), "one observation per observed action"
+        self.labels_TA, self.states_TD, self.observed = labels_TA, states_TD, observed
+        was_disturbed = config.noise > 0.0 or config.perturb is not None
+        self.executed_TA = executed_TA if was_disturbed else None
+        self.perturbed_T = perturbed_T if config.perturb is not None else None
         self.attributes: dict[str, Any] = {
             "num_samples": len(labels_TA),
             "model_file": _without_machine_paths(env.model_xml()),
@@ -105,12 +117,10 @@ class Demo:
             "seed": seed,
             "init_state_index": init_state_index,
             "noise": config.noise,
+            **({} if config.perturb is None else {"perturb": config.perturb.model_dump_json()}),
+            **_thinning(config),
             "recorded_by": RECORDED_BY,
         }
-
-    def take(self, env: LiberoEnv) -> None:
-        """Append the observation of the step just executed."""
-        self.observed.take(env)
 
 
 class DemoFile:
@@ -144,12 +154,13 @@ class DemoFile:
         last = np.zeros(len(demo.labels_TA), dtype=np.uint8)
         last[-1] = 1
         group.create_dataset("actions", data=demo.labels_TA)
-        if demo.attributes["noise"] > 0.0:
+        if demo.executed_TA is not None:
             group.create_dataset("actions_executed", data=demo.executed_TA)
+        if demo.perturbed_T is not None:
+            group.create_dataset("perturbed", data=demo.perturbed_T.astype(np.uint8))
         group.create_dataset("states", data=demo.states_TD)
         group.create_dataset("rewards", data=last)
         group.create_dataset("dones", data=last)
-        assert len(demo.observed) == len(demo.labels_TA), "one observation per action"
         demo.observed.write(group)
         self._count(len(demo.labels_TA))
 
@@ -284,13 +295,20 @@ def _file_attributes(config: Config, task: TaskInfo) -> dict[str, Any]:
         "env_args": json.dumps(env_arguments),
         "num_demos": 0,
         "total": 0,
+        "suite": config.suite,
         "instruction": task.instruction,
         "recorded_by": RECORDED_BY,
         "recorder_config": config.model_dump_json(exclude={"workers"}),
         "recorder_digest": config.digest(task),
         "cap_index": CAP_INDEX,
         "camera_names": json.dumps([file_camera_name(name) for name in config.cameras]),
+        **_thinning(config),
     }
+
+
+def _thinning(config: Config) -> dict[str, int]:
+    """The attribute by which readers know that there are fewer observations than actions."""
+    return {"observe_every": config.observe_every} if config.observe_every > 1 else {}
 
 
 def _without_machine_paths(xml: str) -> str:

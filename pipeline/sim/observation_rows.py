@@ -18,16 +18,21 @@ _IMAGE_FILTER: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "
 
 
 class ObservationRows:
-    """The observations of one demonstration, in order."""
+    """The observations of one demonstration, in order: after its actions 0, ``every``, 2 ``every``, ..."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
+        self._executed = 0  # actions
         self._columns: dict[str, list[NDArray[Any]]] = {}
 
     def __len__(self) -> int:
         return len(next(iter(self._columns.values()), []))
 
-    def take(self, env: LiberoEnv) -> None:
-        """Append what ``env`` shows now."""
+    def take(self, env: LiberoEnv) -> bool:
+        """Append what ``env`` shows after an action; False, and nothing done, when this action is not observed."""
+        self._executed += 1
+        if (self._executed - 1) % self.every:
+            return False
         robot = env.proprioception()
         turn = robot.ee_axis_angle_3
         row: dict[str, NDArray[Any]] = {
@@ -46,6 +51,7 @@ class ObservationRows:
             row[f"obs/{name}_extrinsics"] = view.extrinsics_world_44
         for key, value in row.items():
             self._columns.setdefault(key, []).append(value)
+        return True
 
     def last(self, key: str) -> NDArray[Any]:
         """The field ``key`` of the observation taken last."""

@@ -22,9 +22,11 @@ def observation_time(path: Path, demo: str) -> ObservationTime | None:
         if "states" not in group or "joint_states" not in group.get("obs", {}):
             return None
         arm, seen = np.asarray(group["states"])[:, _ARM], np.asarray(group["obs/joint_states"])
-    if arm.shape != seen.shape or len(arm) < 2:
+        every = int(group.attrs.get("observe_every", 1))
+    arm_before, arm_after = arm[::every], arm[1::every]
+    if arm_before.shape != seen.shape or len(arm) < 2:
         return None
-    after, before = np.abs(seen[:-1] - arm[1:]).mean(), np.abs(seen - arm).mean()
+    after, before = np.abs(seen[: len(arm_after)] - arm_after).mean(), np.abs(seen - arm_before).mean()
     if min(after, before) > _CLEARLY * max(after, before):
         return None
     return "after_action" if after < before else "before_action"

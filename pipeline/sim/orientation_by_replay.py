@@ -40,7 +40,8 @@ def find_orientation(
     if not names:
         raise damaged(path, "", "no demonstration", expected="at least one data/demo_<i>")
     stored, task = read_demo(path, names[0]), find_task(path)
-    moments = np.unique(np.linspace(0, len(stored) - 2, frames).round().astype(int)).tolist()
+    every = stored.observe_every
+    moments = np.unique(np.linspace(0, (len(stored) - 2) // every, frames).round().astype(int)).tolist()
     images = {camera: [stored_image(path, names[0], camera, j) for j in moments] for camera in cameras}
     errors: dict[str, dict[ImageOrientation, float]] = {}
     by_size = sorted(cameras, key=lambda camera: images[camera][0].shape)
@@ -50,7 +51,7 @@ def find_orientation(
             replay = Replay(env, stored)
             sums = {camera: ErrorSums() for camera in views}
             for k, j in enumerate(moments):
-                replay.show(j)
+                replay.show(j * every)
                 for camera in views:
                     sums[camera].add(images[camera][k], env.raw_camera(camera).rgb_HWC)
         errors |= {camera: sums[camera].means() for camera in views}

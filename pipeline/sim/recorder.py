@@ -3,9 +3,12 @@
 One file per task, ``<task.name>_demo.hdf5``; every field and attribute of LIBERO's ``create_dataset.py`` (with
 depth) under the same name, and these of our own:
 
-    data                attrs: instruction, recorded_by, recorder_config, recorder_digest, cap_index, camera_names
-    data/demo_i         attrs: depth_near, depth_far [m], robot_base_pose [16], seed, init_state_index, noise
-                        actions_executed [T, 7] f64, if noise was executed
+    data                attrs: suite, instruction, recorded_by, recorder_config, recorder_digest, cap_index,
+                        camera_names; observe_every, if not 1
+    data/demo_i         attrs: depth_near, depth_far [m], robot_base_pose [16], seed, init_state_index, noise;
+                        observe_every, if not 1; perturb (JSON), if there were pushes
+                        actions_executed [T, 7] f64, if noise or pushes were executed
+                        perturbed [T] u8, if there were pushes: the executed action carried one
     data/demo_i/obs     <cam>_intrinsics [T, 3, 3] f64 pixels, for the upright image
                         <cam>_extrinsics [T, 4, 4] f64 camera-to-WORLD, metres, OpenCV axes
 
@@ -15,10 +18,13 @@ Non-obvious:
 - Official timing: ``states[j]`` is BEFORE action j, ``obs[j]`` AFTER it. So the observation the first expert action
   was chosen on would be missing; the last settling no-op is therefore kept as step j = 0. LIBERO's script records
   all settling steps and drops the first 5 (cap_index 5); here the others are never recorded, and cap_index is 0.
-- ``actions`` are the expert's clean answers; where noise was executed, replay ``actions_executed``.
+- ``actions`` are the expert's clean answers; where noise or pushes were executed, replay ``actions_executed``.
 - Images and depth are raw, rows bottom-up; the camera robot0_eye_in_hand is called eye_in_hand.
 - Each episode is planned without rendering; a success is then replayed with rendering, and every state of the replay
   must equal the planned one exactly. The live simulator under the same seed shows the same frames bit for bit.
+- ``observe_every`` k > 1 is no official layout: ``obs`` and ``robot_states`` have ceil(T / k) rows, after actions 0, k,
+  2k, ... Rendering then costs less than solving again, so the plan is observed while it is made; rendering does not
+  change the dynamics, and a failed attempt's few pictures are thrown away.
 - The recording stops when the goal holds after an opening of the gripper was commanded: ``On`` can hold while the
   object is still being held.
 """
@@ -39,9 +45,11 @@ from geomcache.pipeline.sim import demo_file, suites
 from geomcache.pipeline.sim.demo_file import Config, Demo
 from geomcache.pipeline.sim.expert import ScriptedExpert
 from geomcache.pipeline.sim.libero_env import SETTLE_ACTION, LiberoEnv
+from geomcache.pipeline.sim.observation_rows import ObservationRows
+from geomcache.pipeline.sim.perturbation import Disturber, Perturbation
 from geomcache.pipeline.sim.system import require_simulator
 
-__all__ = ["Config", "EpisodeReport", "Plan", "RecordSummary", "plan_episode", "record"]
+__all__ = ["Config", "EpisodeReport", "Perturbation", "Plan", "RecordSummary", "plan_episode", "record"]
 
 log = logging.getLogger(__name__)
 _ADVICE = "give it more memory: fewer --workers; finished demonstrations are kept"
@@ -60,7 +68,7 @@ class EpisodeReport:
     demos: int  # of this task so far; counted by the process that gathers the reports
     wanted: int
     steps: int
-    plan_seconds: float
+    plan_seconds: float  # rendering included where it was planned and observed at once (observe_every > 1)
     render_seconds: float
 
 
@@ -84,6 +92,7 @@ class Plan:
 
     labels_TA: NDArray[np.float64]  # [T, 7] clean actions; row 0 is the last settling no-op
     executed_TA: NDArray[np.float64]  # [T, 7]
+    perturbed_T: NDArray[np.bool_]  # [T] whether the executed action carried a push
     states_TD: NDArray[np.float64]  # [T, D] before each action
     final_state_D: NDArray[np.float64]  # [D]
 
@@ -234,12 +243,28 @@ class AttemptWorker:
         config, env = self._config, self._simulator(attempt.task_index)
         task = env.task
         seed = config.seed + attempt.number
-        init = (config.first_init_state + attempt.number) % task.n_init_states
+        states = suites.demo_states(config.suite, task.index)
+        init = states[(config.first_init_state + attempt.number) % len(states)]
         started = time.perf_counter()
-        plan = plan_episode(env, seed, init, config.noise)
+        observed = ObservationRows(config.observe_every)
+        at_once = observed if config.observe_every > 1 else None
+        plan = plan_episode(env, seed, init, config.noise, config.perturb, at_once)
         planned = time.perf_counter()
         if plan is not None:
-            demo = _replay(env, plan, attempt.number, seed, init, config)
+            if at_once is None:
+                _replay(env, plan, seed, init, observed)
+            demo = Demo(
+                env,
+                config,
+                attempt=attempt.number,
+                seed=seed,
+                init_state_index=init,
+                labels_TA=plan.labels_TA,
+                executed_TA=plan.executed_TA,
+                perturbed_T=plan.perturbed_T,
+                states_TD=plan.states_TD,
+                observed=observed,
+            )
             demo_file.write_part(self._out / f"{task.name}_demo.hdf5", config, task, demo)
         return EpisodeReport(
             task_index=task.index,
@@ -275,47 +300,46 @@ def _start(env: LiberoEnv, seed: int, init: int, settle_steps: int) -> None:
     env.reset(seed, init, settle_steps=settle_steps - 1)  # the last settling step is recorded
 
 
-def plan_episode(env: LiberoEnv, seed: int, init: int, noise: float) -> Plan | None:
-    """Run the expert without rendering; None when it failed within the suite's horizon."""
-    generator = np.random.default_rng(seed)
+def plan_episode(
+    env: LiberoEnv,
+    seed: int,
+    init: int,
+    noise: float,
+    perturb: Perturbation | None = None,
+    observed: ObservationRows | None = None,
+) -> Plan | None:
+    """Run the expert, rendering only for ``observed``; None when it failed within the suite's horizon."""
+    disturber = Disturber(seed, noise, perturb)
     _start(env, seed, init, demo_file.SETTLE_STEPS)
-    labels, executed = [SETTLE_ACTION.copy()], [SETTLE_ACTION.copy()]
+    labels, executed, perturbed = [SETTLE_ACTION.copy()], [SETTLE_ACTION.copy()], [False]
     states = [env.flat_state()]
     env.step(SETTLE_ACTION)
+    if observed is not None:
+        observed.take(env)
     for label in ScriptedExpert(env).actions():
         if len(labels) > env.horizon:
             return None
-        action = label.copy()
-        action[:3] += noise * generator.standard_normal(3)
-        np.clip(action, -1.0, 1.0, out=action)
+        action, pushed = disturber.disturb(label)
         labels.append(label)
         executed.append(action)
+        perturbed.append(pushed)
         states.append(env.flat_state())
         success = env.step(action)
+        if observed is not None:
+            observed.take(env)
         if success and label[-1] < 0.0:
-            return Plan(np.stack(labels), np.stack(executed), np.stack(states), env.flat_state())
+            return Plan(np.stack(labels), np.stack(executed), np.array(perturbed), np.stack(states), env.flat_state())
     return None
 
 
-def _replay(env: LiberoEnv, plan: Plan, attempt: int, seed: int, init: int, config: Config) -> Demo:
+def _replay(env: LiberoEnv, plan: Plan, seed: int, init: int, observed: ObservationRows) -> None:
     """Execute the plan again, rendering after every step, and prove that it is the same episode."""
     _start(env, seed, init, demo_file.SETTLE_STEPS)
-    demo = Demo(
-        env,
-        config,
-        attempt=attempt,
-        seed=seed,
-        init_state_index=init,
-        labels_TA=plan.labels_TA,
-        executed_TA=plan.executed_TA,
-        states_TD=plan.states_TD,
-    )
     for j, action in enumerate(plan.executed_TA):
         _require_equal(env.flat_state(), plan.states_TD[j], seed, j)
         env.step(action)
-        demo.take(env)
+        observed.take(env)
     _require_equal(env.flat_state(), plan.final_state_D, seed, len(plan.labels_TA))
-    return demo
 
 
 def _require_equal(found: NDArray[np.float64], planned: NDArray[np.float64], seed: int, step: int) -> None:

@@ -36,7 +36,7 @@ from geomcache.pipeline.official_layout import suite_named_in
 from geomcache.pipeline.sim import suites
 from geomcache.pipeline.sim.demo_file import SETTLE_STEPS
 from geomcache.pipeline.sim.libero_env import SETTLE_ACTION, LiberoEnv
-from geomcache.pipeline.sources._libero_files import member
+from geomcache.pipeline.sources._libero_files import Demo, member, observe_every
 
 Way = Literal["actions", "states"]
 Scene = Literal["seed", "model_file", "unknown"]  # by what the fixtures were placed; unknown: up to 1.5 cm elsewhere
@@ -61,6 +61,7 @@ class StoredDemo:
     observed_before_action: bool  # obs[j] relative to actions[j]
     scene: dict[str, dict[str, Pose]] | None = None  # of model_file: "body" and "camera" -> name -> pose in its parent
     seed_and_init_state: tuple[int, int] | None = None  # of files that `geomcache demos` recorded
+    observe_every: int = 1  # k: obs[r] belongs to actions[r * k]
 
     def __len__(self) -> int:
         return len(self.actions_TA)
@@ -98,16 +99,18 @@ def read_demo(path: Path, name: str) -> StoredDemo:
             observed_before_action="problem_info" not in file["data"].attrs,
             scene=_scene_of(path, name, str(attributes["model_file"])) if "model_file" in attributes else None,
             seed_and_init_state=(int(attributes["seed"]), int(attributes["init_state_index"])) if ours else None,
+            observe_every=observe_every(demo, Demo(path, name)),
         )
 
 
 def find_task(path: Path) -> suites.TaskInfo:
     """The LIBERO task of a file, by its name ``<task>_demo.hdf5``; raises ``UnknownName``."""
     with reading(path, "") as file:
-        bddl = str(file["data"].attrs.get("bddl_file_name", ""))
+        told = {name: str(file["data"].attrs.get(name, "")) for name in ("suite", "bddl_file_name")}
     task = path.stem.removesuffix("_demo")
-    hinted = suite_named_in(bddl or str(path.parent))
-    for suite in sorted(suites.SUITES, key=lambda suite: suite != hinted):
+    hinted = told["suite"] or suite_named_in(told["bddl_file_name"] or str(path.parent))
+    known = [hinted, *suites.PUBLIC_SUITES] if hinted in suites.SUITES else suites.PUBLIC_SUITES
+    for suite in dict.fromkeys(known):  # spread suites have the tasks of public ones: they must be named
         for index in range(suites.task_count(suite)):
             if (found := suites.task_info(suite, index)).name == task:
                 return found
@@ -117,6 +120,11 @@ def find_task(path: Path) -> suites.TaskInfo:
         found=repr(task),
         fix="give the file its official name again",
     )
+
+
+def is_init_state(task: suites.TaskInfo, number: int) -> bool:
+    """Whether the task has an initial state of that number, for evaluation or for demonstrations."""
+    return number in range(task.n_init_states) or number in suites.demo_states(task.suite, task.index)
 
 
 class Replay:
@@ -183,9 +191,9 @@ class Replay:
         try:
             if demo.seed_and_init_state is not None:
                 seed, init_state = demo.seed_and_init_state
-                if not 0 <= init_state < env.task.n_init_states:
+                if not is_init_state(env.task, init_state):
                     found = f"init_state_index {init_state}"
-                    raise damaged(demo.path, demo.name, found, expected=f"0 to {env.task.n_init_states - 1}")
+                    raise damaged(demo.path, demo.name, found, expected=f"an initial state of {env.task.suite}")
                 env.reset(seed, init_state, settle_steps=SETTLE_STEPS - 1)  # the last settling step is recorded
                 self.scene = "seed"
             else:

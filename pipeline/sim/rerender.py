@@ -225,14 +225,16 @@ class RenderWorker:
         self, env: LiberoEnv, demo: StoredDemo, replay: Replay, way: Way, *, give_up: bool = False
     ) -> tuple[ObservationRows, dict[str, dict[ImageOrientation, float]]] | None:
         """(observations, each camera's difference to the stored images); None if the actions were given up."""
-        rows, sums = ObservationRows(), {camera: ErrorSums() for camera in self._stored_cameras(demo)}
+        rows = ObservationRows(demo.observe_every)
+        sums = {camera: ErrorSums() for camera in self._stored_cameras(demo)}
         for j in replay.by_actions() if way == "actions" else replay.by_states():
             if give_up and not _matches(replay):
                 return None
-            rows.take(env)
+            if not rows.take(env):
+                continue
             for camera, comparison in sums.items():
                 rendered = rows.last(f"obs/{file_camera_name(camera)}_rgb")
-                comparison.add(stored_image(demo.path, demo.name, camera, j), rendered)
+                comparison.add(stored_image(demo.path, demo.name, camera, j // demo.observe_every), rendered)
         return rows, {camera: comparison.means() for camera, comparison in sums.items()}
 
     def _stored_cameras(self, demo: StoredDemo) -> list[str]:

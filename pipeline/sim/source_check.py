@@ -150,9 +150,10 @@ def _gripper(source: FrameSource, episodes: Sequence[int]) -> GripperAgreement:
     """Over the episodes' switches of the gripper, each counting once."""
     found = []
     for episode in episodes:
-        actions_TA = source.head(episode).actions_TA
-        starts = range(0, len(actions_TA), _ROWS_AT_ONCE)
-        parts = [source.read(episode, start, min(start + _ROWS_AT_ONCE, len(actions_TA))).states_TS for start in starts]
+        head = source.head(episode)
+        actions_TA = head.actions_TA[:: head.steps_per_row]  # of each row
+        starts = range(0, len(head), _ROWS_AT_ONCE)
+        parts = [source.read(episode, start, min(start + _ROWS_AT_ONCE, len(head))).states_TS for start in starts]
         found.append(gripper_sign_agrees(actions_TA, np.concatenate(parts)))
     switches = sum(one.switches for one in found)
     score = sum(one.score * one.switches for one in found) / switches if switches else 0.0

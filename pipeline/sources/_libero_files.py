@@ -128,13 +128,16 @@ def member(group: h5py.Group, key: str, path: Path, *, fix: str = RE_DOWNLOAD) -
     )
 
 
-def field(group: h5py.Group, key: str, shape: tuple[int, ...], demo: Demo, steps: int | None = None) -> Any:
-    """``obs/<key>`` [T, *shape], its shape and kind checked; not read yet."""
+def field(
+    group: h5py.Group, key: str, shape: tuple[int, ...], demo: Demo, steps: int | None = None, every: int = 1
+) -> Any:
+    """``obs/<key>`` [T, *shape] of T ``steps``, ``every`` of which one was observed; checked, not read yet."""
     values = member(member(group, "obs", demo.path), key, demo.path)
     if not isinstance(values, h5py.Dataset):
         raise damaged(demo, f"obs/{key} is a group, expected an array")
-    if steps is not None and len(values.shape) and values.shape[0] != steps:
-        raise damaged(demo, f"obs/{key} has {values.shape[0]} steps but there are {steps} actions")
+    if steps is not None and len(values.shape) and values.shape[0] != -(-steps // every):
+        thinned = f", one in {every} of them observed" if every > 1 else ""
+        raise damaged(demo, f"obs/{key} has {values.shape[0]} steps but there are {steps} actions{thinned}")
     if values.shape[1:] != shape or values.dtype.kind not in "fiu":
         raise damaged(demo, f"obs/{key} is {values.dtype} {values.shape[1:]} a step, expected {shape}")
     return values
@@ -164,6 +167,24 @@ def require_matrices(what: str, matrices_TNN: NDArray[Any], demo: Demo) -> None:
         good = np.isclose(turns @ turns.swapaxes(1, 2), np.eye(3), atol=1e-5).all(axis=(1, 2))
     if not good.all():
         raise damaged(demo, f"{what}[{int(np.argmin(good))}] is no camera matrix")
+
+
+def observe_every(group: h5py.Group, demo: Demo) -> int:
+    """k of a recording in which only every k-th control step was observed (``geomcache demos``); 1 of all others."""
+    every = group.attrs.get("observe_every", 1)
+    if not isinstance(every, int | np.integer) or every < 1:
+        raise damaged(demo, f"the attribute observe_every is {every!r}, expected a whole number from 1 on")
+    return int(every)
+
+
+def perturbed_steps(group: h5py.Group, demo: Demo, steps: int) -> NDArray[np.bool_] | None:
+    """[T] the executed action carried a push; None where the file says nothing of pushes."""
+    if "perturbed" not in group:
+        return None
+    values = np.asarray(member(group, "perturbed", demo.path))
+    if values.shape != (steps,) or values.dtype.kind not in "bu" or values.max() > 1:
+        raise damaged(demo, f"perturbed is {values.dtype} {values.shape}, expected 0 or 1 for each of {steps} actions")
+    return values.astype(np.bool_)
 
 
 def depth_attributes(group: h5py.Group, demo: Demo) -> tuple[float, float, NDArray[np.float64]]:

@@ -11,6 +11,9 @@ Non-obvious:
   ``geomcache demos``) turn it into metres. Official public files hold none.
 - The instruction is the task's name in words, which is what LIBERO's benchmark (and so evaluation) gives a policy;
   ``problem_info`` holds the BDDL file's own wording, which differs ("Pick the milk" / "pick up the milk").
+- ``geomcache demos --every k`` observes only every k-th step: ``obs[r]`` was taken after ``actions[r * k]``, so row r
+  holds it and the k actions from r * k + 1 on. The demonstration's attribute ``observe_every`` says k.
+- The data's attribute ``suite`` (of our recorder) names the suite; several suites share one BDDL file.
 - ``demo_10`` sorts before ``demo_2`` as text; demonstrations are ordered by number.
 """
 
@@ -47,6 +50,8 @@ from geomcache.pipeline.sources._libero_files import (
     field,
     find_files,
     member,
+    observe_every,
+    perturbed_steps,
     reading,
     require_finite,
     require_matrices,
@@ -56,7 +61,7 @@ from geomcache.pipeline.sources._libero_files import (
 _VERSION = 2  # raised whenever the same files give other rows
 _LARGEST_ACTION = 1.0 + 1e-6
 _STATE_FIELDS = (("ee_states", (6,)), ("gripper_states", (2,)))  # of obs, in the order of Contract.state_layout
-_METADATA = ("seed", "init_state_index", "noise")
+_METADATA = ("seed", "init_state_index", "noise", "perturb")
 
 
 class Config(Schema):
@@ -156,6 +161,7 @@ class Source:
         with reading(demo) as group:
             actions_TA = self._check(group, demo)
             first = 1 if self.observation(episode) == "after_action" else 0  # that action has no observation before it
+            perturbed_T = perturbed_steps(group, demo, len(actions_TA))
             return EpisodeHead(
                 where=self.where(episode),
                 suite=_suite_of(group.file, demo.path),
@@ -165,6 +171,8 @@ class Source:
                 actions_TA=actions_TA[first:],
                 succeeded=_succeeded(group),
                 metadata={key: str(group.attrs[key]) for key in _METADATA if key in group.attrs},
+                steps_per_row=observe_every(group, demo),
+                perturbed_T=None if perturbed_T is None else perturbed_T[first:],
             )
 
     def read(self, episode: int, start: int, stop: int) -> EpisodeRows:
@@ -222,6 +230,7 @@ class Source:
             raise damaged(
                 demo, f"actions are {actions_TA.dtype} {actions_TA.shape}, expected numbers (T >= 2, {ACTION_DIM})"
             )
+        every = observe_every(group, demo)
         require_finite("actions", actions_TA, demo)
         if np.abs(actions_TA).max() > _LARGEST_ACTION:
             step, dim = np.argwhere(np.abs(actions_TA) > _LARGEST_ACTION)[0]
@@ -229,15 +238,15 @@ class Source:
         if 0.0 <= actions_TA[:, -1].min() < 1.0:
             raise damaged(demo, "the gripper runs from 0 to 1, expected -1 (open) to +1 (close)")
         for key, shape in _STATE_FIELDS:
-            require_finite(f"obs/{key}", np.asarray(field(group, key, shape, demo, steps)), demo)
+            require_finite(f"obs/{key}", np.asarray(field(group, key, shape, demo, steps, every)), demo)
         for camera in self.contract.cameras:
             stored, size = file_camera_name(camera.name), self._stored_size(camera)
-            if field(group, f"{stored}_rgb", (*size, 3), demo, steps).dtype != np.uint8:
+            if field(group, f"{stored}_rgb", (*size, 3), demo, steps, every).dtype != np.uint8:
                 raise damaged(demo, f"obs/{stored}_rgb is {group[f'obs/{stored}_rgb'].dtype}, expected uint8")
             if self.contract.has_depth:
-                field(group, f"{stored}_depth", (*size, 1), demo, steps)
+                field(group, f"{stored}_depth", (*size, 1), demo, steps, every)
                 for key, side in (("intrinsics", 3), ("extrinsics", 4)):
-                    matrices = np.asarray(field(group, f"{stored}_{key}", (side, side), demo, steps))
+                    matrices = np.asarray(field(group, f"{stored}_{key}", (side, side), demo, steps, every))
                     require_finite(f"obs/{stored}_{key}", matrices, demo)
                     require_matrices(f"obs/{stored}_{key}", matrices, demo)
         if self.contract.has_depth:
@@ -286,5 +295,7 @@ def _task_of(path: Path) -> str:
 
 
 def _suite_of(file: h5py.File, path: Path) -> str:
+    if "suite" in file["data"].attrs:
+        return str(file["data"].attrs["suite"])
     bddl = str(file["data"].attrs.get("bddl_file_name", ""))
     return Path(bddl).parent.name if bddl else suite_named_in(str(path.resolve().parent))

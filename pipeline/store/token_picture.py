@@ -37,7 +37,7 @@ def row_picture(cache: CachedTokens, pack: PackReader | None, row: int) -> bytes
     tokens_VGD = cache.tokens([row])[0].numpy()
     if pack is not None:
         episode = pack.episodes[int(pack.episode_of_row[row])]
-        title = f"{_episode_title(pack, episode.episode)}, step {row - episode.first_row} of {episode.rows}, {title}"
+        title = f"{_episode_title(pack, episode.episode)}, step {pack.step_of_row[row]} of {episode.steps}, {title}"
     images = None if pack is None else pack.images([row])[0]
     return tokens_picture(cache.spec, tokens_VGD, images, f"{title}\n{describe_tokens(cache)}")
 
@@ -49,14 +49,13 @@ def episode_picture(cache: CachedTokens, pack: PackReader, episode: int) -> byte
         InputError: there is no such episode; otherwise as ``row_picture``.
     """
     first, length = episode_rows(cache, pack, episode)
-    steps = even_rows(length, _STRIP_FRAMES)
-    rows = (first + steps).tolist()
+    rows = (first + even_rows(length, _STRIP_FRAMES)).tolist()
     return strip_picture(
         cache.spec,
         cache.tokens(rows).numpy(),
         pack.images(rows),
-        [f"step {step}\nrow {row}" for step, row in zip(steps, rows, strict=True)],
-        f"{_episode_title(pack, episode)}, {length} steps\n{describe_tokens(cache)}",
+        [f"step {pack.step_of_row[row]}\nrow {row}" for row in rows],
+        f"{_episode_title(pack, episode)}, {pack.episodes[episode].steps} steps\n{describe_tokens(cache)}",
     )
 
 

@@ -45,7 +45,7 @@ def episode_video(
         pack: whose frames stand above the tokens.
         episode: of the pack.
         out: ends in .mp4; appears when it is whole.
-        every: only each n-th step.
+        every: only each n-th row.
         progress: called with (frames written, frames in all).
 
     Raises:
@@ -54,21 +54,22 @@ def episode_video(
         MissingDependency: FFmpeg writes neither H.264 nor MPEG-4.
     """
     first, length = episode_rows(cache, pack, episode)
-    steps = np.arange(0, length, every)
+    rows = first + np.arange(0, length, every)
     colours = paints_of(cache.spec, cache.tokens((first + even_rows(length, _COLOUR_ROWS)).tolist()).numpy())
-    rate = pack.info.contract.control_rate_hz
+    rate, steps = pack.info.contract.control_rate_hz, pack.episodes[episode].steps
     page = _Page(cache.spec, colours, pack.images([first]).shape[2:4])
     head = f"{pack.episodes[episode].instruction}\n{describe_tokens(cache)}"
 
     def pictures() -> Iterator[NDArray[np.uint8]]:
-        tokens = rows_in_blocks(cache.tokens, first + steps)
-        for number, (step, tokens_VGD) in enumerate(zip(steps.tolist(), tokens, strict=True)):
-            text = f"{head}\nstep {step} of {length}, {step / rate:.2f} s, row {first + step}"
-            yield page.draw(pack.images([first + step])[0], tokens_VGD.numpy(), text)
-            progress(number + 1, len(steps))
+        tokens = rows_in_blocks(cache.tokens, rows)
+        for number, (row, tokens_VGD) in enumerate(zip(rows.tolist(), tokens, strict=True)):
+            step = int(pack.step_of_row[row])
+            text = f"{head}\nstep {step} of {steps}, {step / rate:.2f} s, row {row}"
+            yield page.draw(pack.images([row])[0], tokens_VGD.numpy(), text)
+            progress(number + 1, len(rows))
 
-    write_video(out, pictures(), Fraction(rate, every))
-    return len(steps)
+    write_video(out, pictures(), Fraction(rate, every * pack.info.steps_per_row))
+    return len(rows)
 
 
 def write_video(out: Path, pictures: Iterator[NDArray[np.uint8]], rate: Fraction) -> None:

@@ -12,8 +12,10 @@ from geomcache.stages.cli import (
     diagnose,
     encoders,
     evaluate,
+    export,
     extract,
     pack,
+    proof,
     quickstart,
     report,
     serve,
@@ -38,10 +40,12 @@ app.command("train")(train.train)
 app.command("check")(check.check)
 app.command("eval")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("export")(export.export)
 app.command("diagnose")(diagnose.diagnose)
 app.add_typer(cache.app, name="cache")
 app.command("report")(report.report)
 app.command("quickstart")(quickstart.quickstart)
+app.command("proof")(proof.proof)
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 

@@ -33,6 +33,13 @@ def demos(
     noise: Annotated[
         float | None, typer.Option(help="Standard deviation added to the executed motion; labels stay clean.")
     ] = None,
+    perturb: Annotated[
+        bool,
+        typer.Option("--perturb", help="Push the arm now and then, and --noise 0.06, so that it must recover."),
+    ] = False,
+    every: Annotated[
+        int | None, typer.Option(help="Render and store only every n-th step, n times as fast; no official layout.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Simulators side by side (2.5 GB each); same files.")] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Instead: replay these HDF5 files and add depth and cameras.")
@@ -49,18 +56,22 @@ def demos(
     with depth and cameras, and the report says whether each replay matched. Size: --set height=256 --set width=256.
     """
     if replay is not None:
-        _replay(replay, out, workers, config, sets or [], as_json, recording=(suite, tasks, episodes, seed, noise))
+        recording = (suite, tasks, episodes, seed, noise, perturb or None, every)
+        _replay(replay, out, workers, config, sets or [], as_json, recording=recording)
         return
     from geomcache.configs.load import load_config
     from geomcache.pipeline.files import require_config_slot, write_config
+    from geomcache.pipeline.sim.perturbation import STANDARD_NOISE
     from geomcache.pipeline.sim.recorder import Config, record
 
-    options = {
+    options: dict[str, object] = {
         "suite": suite,
         "tasks": tasks or None,
         "episodes": episodes,
         "seed": seed,
-        "noise": noise,
+        "noise": STANDARD_NOISE if perturb and noise is None else noise,
+        "perturb": {} if perturb else None,
+        "observe_every": every,
         "workers": workers,
     }
     settings = load_config(Config, config, sets or [], options)
@@ -117,7 +128,7 @@ def _replay(
     if any(option is not None and option != [] for option in recording):
         raise InputError(
             "--replay records nothing new",
-            expected="no --suite, --task, --episodes, --seed or --noise beside --replay",
+            expected="no --suite, --task, --episodes, --seed, --noise, --perturb or --every beside --replay",
             fix="leave them out; everything comes from the source's files",
         )
     settings = load_config(RerenderConfig, config, sets, {"workers": workers})

@@ -196,6 +196,7 @@ def _summary(path: Path, info: "PackInfo") -> dict[str, object]:
     return {
         "pack": str(path),
         "rows": info.rows,
+        **_steps(info),
         "episodes": info.episodes,
         "shards": len(info.shards),
         "bytes": sum(file.bytes for file in (*info.shards, *info.index)),
@@ -206,3 +207,12 @@ def _summary(path: Path, info: "PackInfo") -> dict[str, object]:
         "left_out": len(info.left_out),
         "digest": info.digest,
     }
+
+
+def _steps(info: "PackInfo") -> dict[str, object]:
+    """Of packs whose rows are not simply control steps."""
+    if info.steps is None:
+        return {}
+    perturbed = info.steps.perturbed
+    share = {} if perturbed is None else {"perturbed_share": round(perturbed / info.steps.total, 4)}
+    return {"steps_per_row": info.steps_per_row, "control_steps": info.steps.total, **share}

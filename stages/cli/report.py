@@ -53,6 +53,8 @@ def report(
         if not results.finished:
             say("this evaluation is unfinished")
         overall = results.overall
+        if changes := results.config.describe_changes():
+            values["under"] = ", ".join(changes)
         values |= {"success": f"{overall.successes}/{overall.episodes} [{overall.low:.2f}, {overall.high:.2f}]"}
         if as_json:
             values = {"report": str(page), **results.model_dump(mode="json", exclude={"episodes"})}

@@ -31,9 +31,10 @@ def serve(
     from geomcache.configs.load import load_config
     from geomcache.stages.evaluate.serve.config import ServeConfig, load_served_policy
     from geomcache.stages.evaluate.serve.server import serve_until_signal
+    from geomcache.stages.evaluate.shipped import find_policy
 
     options = {
-        "run": run,
+        "run": None if run is None else find_policy(run),
         "host": host,
         "port": port,
         "token": token,

@@ -76,7 +76,7 @@ def train(
     else:
         if settings.policy.compressor == "none" and (unused := [pair.cache for pair in settings.data if pair.cache]):
             say(f"compressor none reads no geometry: {', '.join(unused)} is not used")
-        result, stood = _train(settings)
+        result, stood = train_once(settings)
         if stood:
             say("this run was finished already; nothing to do")
         if settings.validation_share and result.validation is None:
@@ -85,7 +85,7 @@ def train(
         show(result, as_json, extra) if as_json else show_values(_flat(result) | extra, as_json)
 
 
-def _train(settings: "TrainConfig") -> "tuple[TrainResult, bool]":
+def train_once(settings: "TrainConfig") -> "tuple[TrainResult, bool]":
     import yaml
 
     from geomcache.pipeline.devices import resolve_device
@@ -122,7 +122,7 @@ def _ablation(settings: "TrainConfig", names: list[str], as_json: bool) -> None:
     chosen = arms(settings, names)
     require_trainable(chosen)
     for name, arm in chosen.items():
-        say(f"arm {name}: " + ("finished before" if _train(arm)[1] else "trained"))
+        say(f"arm {name}: " + ("finished before" if train_once(arm)[1] else "trained"))
     found = read_arms(settings.out, names)
     make_folder(settings.out)
     write_atomic(settings.out / ABLATION_NAME, found.model_dump_json(indent=2))

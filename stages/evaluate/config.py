@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.contract import ImageOrientation
+from geomcache.stages.evaluate.corruption import Corruption
 
 Mode = Literal["auto", "reproducible", "throughput"]
 
@@ -32,6 +33,10 @@ class EvalConfig(Schema):
     horizon: int | None = Field(default=None, ge=1)  # control steps; None: the community's limit for the suite
     averaged: bool = True  # act with the averaged weights (EMA) where the checkpoint has them
     without_geometry: bool = False  # mask every geometry token; train with geom_dropout for a policy that knows this
+    # Another test than the plain one, said wherever its result is shown: the agent-view camera is turned about the
+    # middle of the workspace, by an angle of its own for every episode (the largest one here, degrees); rulers.
+    camera_orbit: float = Field(default=0.0, ge=0, le=60)
+    corruption: Corruption = Corruption()
     mode: Mode = "auto"  # reproducible: the same episodes for any number of workers; auto: that on a CPU
     batch_size: int | None = Field(default=None, ge=1)  # reproducible: of every query, 1; throughput: the most, workers
     device: str = "auto"
@@ -56,6 +61,11 @@ class EvalConfig(Schema):
         if not all(0 <= seed < 2**32 for seed in seeds):
             raise ValueError(f"numpy's seeds go from 0 to 2**32 - 1, not {list(seeds)}")
         return tuple(sorted(seeds))  # so that a task's first episode does not depend on how they were given
+
+    def describe_changes(self) -> list[str]:
+        """What makes this another test than the plain one, in words: camera orbit and rulers; empty for nothing."""
+        orbit = [f"camera orbit ±{self.camera_orbit:g}°"] if self.camera_orbit else []
+        return orbit + self.corruption.describe()
 
     def identity(self) -> Self:
         """Without where things lie and how they are run; weights are compared by digest.

@@ -18,7 +18,9 @@ from geomcache.cache_schemas.contract import Contract
 from geomcache.cache_schemas.errors import CacheStale, InputError
 from geomcache.cache_schemas.manifest import TokenRecipe
 from geomcache.pipeline.frames import FrameBatch, Observation
+from geomcache.pipeline.interfaces import Need
 from geomcache.pipeline.tokens import LiveTokens, build_encoder, token_recipe
+from geomcache.stages.evaluate.corruption import encoder_frame
 from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.checkpoint import CheckpointCard, latest_checkpoint, load_policy, read_card
 from geomcache.stages.train.packer import Packer
@@ -113,7 +115,7 @@ class LivePolicy:
     def prepare(self, observations: Sequence[Observation]) -> PolicyBatch:
         """What the network is given for these observations, on its device: the live twin of ``BatchMaker.batch``."""
         frames = FrameBatch.join([seen.frame for seen in observations])
-        tokens = self._tokens(frames)
+        tokens = self._tokens(observations)
         with self._clock.part("vlm"):
             return PolicyBatch(
                 **self.packer(frames.images_BVHWC, [seen.instruction for seen in observations]),
@@ -159,14 +161,14 @@ class LivePolicy:
         """Seconds spent in ``encoder``, ``vlm`` and ``head`` since the last call."""
         return self._clock.take()
 
-    def _tokens(self, frames: FrameBatch) -> dict[str, torch.Tensor]:
+    def _tokens(self, observations: Sequence[Observation]) -> dict[str, torch.Tensor]:
         """Fields of the batch: live tokens; masked ones without geometry; none for a policy that takes none."""
         if self._live is not None:
             with self._clock.part("encoder"):
-                return {"tokens_BVGD": self._live.tokens(frames)}
+                return {"tokens_BVGD": self._live.tokens(FrameBatch.join([*map(encoder_frame, observations)]))}
         if self.card.recipe is None:
             return {}
-        shape = len(frames), *self.card.recipe.spec.row_shape
+        shape = len(observations), *self.card.recipe.spec.row_shape
         return {"tokens_BVGD": torch.zeros(shape), "token_mask_BVG": torch.zeros(shape[:3], dtype=torch.bool)}
 
 
@@ -236,13 +238,22 @@ def require_possible(card: CheckpointCard, *, execute_steps: int, without_geomet
         )
 
 
-def reads_depth(card: CheckpointCard, encoder_changes: dict[str, object] | None = None) -> bool:
-    """Whether the checkpoint's encoder reads depth or camera matrices; its weights are not loaded."""
+def encoder_needs(card: CheckpointCard, encoder_changes: dict[str, object] | None = None) -> frozenset[Need]:
+    """What the checkpoint's encoder reads, nothing where there is none; its weights are not loaded."""
     if card.recipe is None:
-        return False
+        return frozenset()
     record = card.recipe.encoder
-    encoder = build_encoder(record.name, {**record.config, **(encoder_changes or {})}, card.contract, None)
-    return bool(encoder.needs - {"images"})
+    return build_encoder(record.name, {**record.config, **(encoder_changes or {})}, card.contract, None).needs
+
+
+def reads_depth(card: CheckpointCard, encoder_changes: dict[str, object] | None = None) -> bool:
+    """Whether the checkpoint's encoder reads depth or camera matrices."""
+    return bool(encoder_needs(card, encoder_changes) - {"images"})
+
+
+def is_shown_images(card: CheckpointCard) -> bool:
+    """False for a policy whose prompt has no images (the backbone's option ``images: none``)."""
+    return card.policy.backbone.config.get("images") != "none"  # a card of before the option has no such key
 
 
 def noise_seed(seed: int, episode: str, query: int) -> int:

@@ -11,13 +11,13 @@ from typing import Literal
 from geomcache.cache_schemas.base import Schema, VersionedSchema
 from geomcache.cache_schemas.errors import InputError
 from geomcache.stages.evaluate.config import EvalConfig
+from geomcache.stages.evaluate.corruption import Drawn
+from geomcache.stages.evaluate.corruption import EpisodeKey as EpisodeKey
 from geomcache.stages.evaluate.metrics import GraspMetrics, MotionMetrics
 from geomcache.stages.evaluate.statistics import wilson_interval
 
 RESULTS_NAME, JOURNAL_NAME, PARQUET_NAME = "results.json", "episodes.jsonl", "episodes.parquet"
 EVALUATION_NAME = "evaluation.json"
-
-EpisodeKey = tuple[str, int, int, int]  # (suite, task, init state, seed)
 
 
 class EpisodeSeconds(Schema):
@@ -50,6 +50,7 @@ class EpisodeResult(Schema):
     steps: int  # control steps after settling
     queries: int
     restarts: int = 0  # simulators that died or hung over this episode before it was finished
+    drawn: Drawn = Drawn()  # for the camera orbit and the rulers
     motion: MotionMetrics | None  # None: too few steps
     grasp: GraspMetrics | None  # None: the task has nothing to grasp
     seconds: EpisodeSeconds

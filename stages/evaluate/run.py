@@ -20,12 +20,20 @@ from geomcache.cache_schemas.errors import ContractMismatch, InputError
 from geomcache.cache_schemas.fingerprint import digest_json
 from geomcache.pipeline.devices import resolve_device
 from geomcache.pipeline.files import locked_folder, require_own_folder, write_config
+from geomcache.pipeline.interfaces import Need
 from geomcache.pipeline.sim import suites
+from geomcache.pipeline.sim.camera_orbit import CAMERA as TURNED_CAMERA
 from geomcache.pipeline.sim.system import require_simulator
 from geomcache.stages.evaluate.config import EvalConfig
+from geomcache.stages.evaluate.corruption import draw, require_effect
 from geomcache.stages.evaluate.crew import POLICY, Crew, LocalCrew, ray_crew
 from geomcache.stages.evaluate.journal import Journal
-from geomcache.stages.evaluate.live_policy import reads_depth, require_contract, require_possible
+from geomcache.stages.evaluate.live_policy import (
+    encoder_needs,
+    is_shown_images,
+    require_contract,
+    require_possible,
+)
 from geomcache.stages.evaluate.pictures import filmstrip, video
 from geomcache.stages.evaluate.play import POLICY_SECONDS, Finished, Play, answered, policy_silent
 from geomcache.stages.evaluate.policy_worker import PolicyWorker
@@ -59,9 +67,9 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
     """
     require_own_folder(config.out, lambda folder: (folder / EVALUATION_NAME).exists(), "evaluation results")
     require_simulator()
-    wanted = _episodes(config)
     checkpoint = latest_checkpoint(config.run)
     card = read_card(checkpoint)
+    wanted = _episodes(config, card.contract.camera_names)
     _require_beliefs(config, card)
     plan = _plan(config, card, len(wanted))
     conditions = Conditions(
@@ -93,29 +101,49 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
     return results, False
 
 
-def _episodes(config: EvalConfig) -> dict[EpisodeKey, Episode]:
+def _episodes(config: EvalConfig, cameras: tuple[str, ...]) -> dict[EpisodeKey, Episode]:
     """Everything asked for; the first of a task is filmed."""
+    require_init_states(config)
     found = {}
-    for suite in config.suites:
-        horizon = config.horizon or suites.horizon(suite)
-        for task in config.tasks if config.tasks is not None else range(suites.task_count(suite)):
-            _require_init_states(config, suite, task)
-            for seed in config.seeds:
-                for i in range(config.first_init_state, config.first_init_state + config.episodes):
-                    first = seed == config.seeds[0] and i == config.first_init_state
-                    found[suite, task, i, seed] = Episode(suite, task, i, seed, horizon, video=first)
+    for suite, task in _tasks(config):
+        info, horizon = suites.task_info(suite, task), config.horizon or suites.horizon(suite)
+        told = _instructions(suite) if config.corruption.shuffle_instructions else []
+        for seed in config.seeds:
+            for i in range(config.first_init_state, config.first_init_state + config.episodes):
+                drawn = draw(
+                    (suite, task, i, seed),
+                    config.camera_orbit,
+                    config.corruption,
+                    cameras=cameras,
+                    init_states=info.n_init_states,
+                    own=info.instruction,
+                    instructions=told,
+                )
+                first = seed == config.seeds[0] and i == config.first_init_state
+                found[suite, task, i, seed] = Episode(suite, task, i, seed, horizon, video=first, drawn=drawn)
     return found
 
 
-def _require_init_states(config: EvalConfig, suite: str, task: int) -> None:
-    available = suites.task_info(suite, task).n_init_states
-    if config.first_init_state + config.episodes > available:
-        raise InputError(
-            f"{suite} task {task} has too few initial states",
-            expected=f"first_init_state + episodes <= {available}",
-            found=f"{config.first_init_state} + {config.episodes}",
-            fix=f"--episodes {max(1, available - config.first_init_state)}, and more --seeds for more episodes",
-        )
+def _instructions(suite: str) -> list[str]:
+    return [suites.task_info(suite, task).instruction for task in range(suites.task_count(suite))]
+
+
+def _tasks(config: EvalConfig) -> Iterator[tuple[str, int]]:
+    for suite in config.suites:
+        yield from ((suite, task) for task in config.tasks or range(suites.task_count(suite)))
+
+
+def require_init_states(config: EvalConfig) -> None:
+    """``InputError`` when a task has fewer initial states than would be played."""
+    for suite, task in _tasks(config):
+        available = suites.task_info(suite, task).n_init_states
+        if config.first_init_state + config.episodes > available:
+            raise InputError(
+                f"{suite} task {task} has too few initial states",
+                expected=f"first_init_state + episodes <= {available}",
+                found=f"{config.first_init_state} + {config.episodes}",
+                fix=f"--episodes {max(1, available - config.first_init_state)}, and more --seeds for more episodes",
+            )
 
 
 def _require_beliefs(config: EvalConfig, card: CheckpointCard) -> None:
@@ -151,8 +179,19 @@ def _plan(config: EvalConfig, card: CheckpointCard, episodes: int) -> _Plan:
     workers = min(workers, episodes)
     reproducible = config.mode == "reproducible" or (config.mode == "auto" and torch.device(device).type == "cpu")
     batch = config.batch_size or (1 if reproducible else max(1, workers))
-    depth = not config.without_geometry and reads_depth(card, dict(config.encoder_config))
-    scene = Scene(card.contract, depth, config.settle_steps, config.execute_steps, config.video_fps)
+    needs = frozenset[Need]() if config.without_geometry else encoder_needs(card, dict(config.encoder_config))
+    cameras = card.contract.camera_names
+    require_effect(config.corruption, config.camera_orbit, cameras=cameras, turned=TURNED_CAMERA, needs=needs)
+    depth = bool(needs - {"images"})
+    scene = Scene(
+        card.contract,
+        depth,
+        config.settle_steps,
+        config.execute_steps,
+        config.video_fps,
+        config.corruption,
+        blind=not needs and not is_shown_images(card),
+    )
     first = config.tasks[0] if config.tasks is not None else 0
     require_contract(card, scene.environment(config.suites[0], first).contract, needs_depth=depth)
     return _Plan(device, workers, batch, batch if reproducible else None, scene)
@@ -236,6 +275,7 @@ def _result(finished: Finished, fingerprints: dict[str, str]) -> EpisodeResult:
         steps=played.steps,
         queries=finished.queries,
         restarts=finished.restarts,
+        drawn=episode.drawn,
         motion=played.motion,
         grasp=played.grasp,
         seconds=EpisodeSeconds(**finished.seconds),
@@ -251,7 +291,11 @@ def _write_pictures(config: EvalConfig, finished: Finished, journal: Journal) ->
         if played.video:
             assert config.video_fps is not None
             video(played.video, config.out / video_name(episode.suite, episode.task), config.video_fps)
-    if not played.success and journal.is_first_failure(episode.suite, episode.task, episode.seed, episode.init_state):
+    if (
+        not played.success
+        and played.frames  # of a blind policy the first episodes alone are rendered
+        and journal.is_first_failure(episode.suite, episode.task, episode.seed, episode.init_state)
+    ):
         filmstrip(played.frames, config.out / failure_name(episode.suite, episode.task))
 
 

@@ -1,6 +1,7 @@
 """One simulator of an evaluation: plays an episode in turns, between which the policy is asked.
 
-Cameras render for the step before the policy is asked, and at the video's frame rate where a video is wanted.
+Cameras render for the step before the policy is asked, and at the video's frame rate where a video is wanted. For a
+policy that is blind they render for pictures alone, and what it is given is black.
 """
 
 import time
@@ -12,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.contract import Contract
-from geomcache.pipeline.frames import Observation
+from geomcache.pipeline.frames import FrameBatch, Observation
+from geomcache.pipeline.sim.camera_orbit import CAMERA as TURNED_CAMERA
 from geomcache.pipeline.sim.libero_env import LiberoEnv
+from geomcache.stages.evaluate.corruption import Corruption, Drawn, EpisodeKey, Given
 from geomcache.stages.evaluate.metrics import GraspMetrics, MotionMetrics, TrackRecorder
 from geomcache.stages.evaluate.pictures import evenly
 
@@ -28,6 +31,12 @@ class Episode:
     seed: int
     horizon: int  # control steps after settling
     video: bool = False
+    drawn: Drawn = field(default_factory=Drawn)
+
+    @property
+    def key(self) -> EpisodeKey:
+        """What makes it this episode."""
+        return self.suite, self.task, self.init_state, self.seed
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Scene:
     settle_steps: int
     execute_steps: int
     video_fps: int | None = None
+    corruption: Corruption = field(default_factory=Corruption)
+    blind: bool = False  # the policy reads neither images nor geometry
 
     def environment(self, suite: str, task: int) -> LiberoEnv:
         """The task in the simulator; cheap, nothing is built before its first reset."""
@@ -76,6 +87,7 @@ class Simulator:
         self._scene = scene
         self._env: LiberoEnv | None = None
         self._episode: Episode | None = None
+        self._nominal: dict[tuple[str, int], NDArray[np.float64]] = {}  # task -> the unturned camera's pose
 
     def begin(self, episode: Episode) -> Turn:
         """Reset to the episode's first observation."""
@@ -86,7 +98,8 @@ class Simulator:
         self._latest: tuple[int, Observation] | None = None  # (step, what was seen)
         with self._measured("reset"):
             env = self._environment(episode)
-            env.reset(episode.seed, episode.init_state, self._scene.settle_steps)
+            self._given = self._changes(env, episode)
+            self._reset(env, episode.seed, episode.init_state, episode.drawn.camera_orbit)
             self._recorder = TrackRecorder(env)
             self._recorder.begin()
         return self._observe()
@@ -107,9 +120,9 @@ class Simulator:
                 break
         if not self._success and self._steps < episode.horizon:
             return self._observe()
-        last = self._observe().frame.images_BVHWC[0]
-        if self._video and self._video[-1] is not last:
-            self._video.append(last)  # the moment of success, between two frames
+        last = self._look(env, episode)
+        if last is not None and self._video and self._video[-1] is not last.frame.images_BVHWC[0]:
+            self._video.append(last.frame.images_BVHWC[0])  # the moment of success, between two frames
         with self._measured("physics"):
             motion, grasp = self._recorder.metrics(self._success)
         shown = evenly(self._frames) if episode.video or not self._success else []
@@ -128,14 +141,50 @@ class Simulator:
             self._env = self._scene.environment(episode.suite, episode.task)
         return self._env
 
+    def _reset(self, env: LiberoEnv, seed: int, init_state: int, orbit: float) -> None:
+        env.reset(seed, init_state, self._scene.settle_steps, agentview_orbit=orbit)
+
+    def _changes(self, env: LiberoEnv, episode: Episode) -> Given:
+        """What the rulers need of other scenes; the episode's own reset comes after it."""
+        corruption, drawn = self._scene.corruption, episode.drawn
+        elsewhere, nominal = None, None
+        if corruption.shuffle_geometry:
+            assert drawn.geometry_of is not None
+            self._reset(env, episode.seed, drawn.geometry_of, drawn.geometry_orbit)
+            elsewhere = env.observe().frame
+        if corruption.nominal_extrinsics:
+            view, task = self._scene.contract.camera_names.index(TURNED_CAMERA), (episode.suite, episode.task)
+            if task not in self._nominal:
+                self._reset(env, episode.seed, episode.init_state, 0.0)
+                extrinsics_BV44 = env.observe().frame.extrinsics_BV44
+                assert extrinsics_BV44 is not None
+                self._nominal[task] = extrinsics_BV44[0, view]
+            nominal = view, self._nominal[task]
+        return Given(episode.key, corruption, drawn, elsewhere, nominal)
+
     def _observe(self) -> Observation:
-        assert self._env is not None
-        assert self._episode is not None
+        """What the policy is given now."""
+        env, episode = self._env, self._episode
+        assert env is not None
+        assert episode is not None
         if self._steps == 0:
-            self._film(self._env, self._episode)
-        observation = self._seen(self._env)
-        self._frames.append(observation.frame.images_BVHWC[0])
-        return observation
+            self._film(env, episode)
+        seen = self._look(env, episode)
+        if self._scene.blind or seen is None:
+            seen = Observation(self._black(), env.proprioception().state_S, env.instruction)
+        return self._given.observation(seen, self._steps)
+
+    def _look(self, env: LiberoEnv, episode: Episode) -> Observation | None:
+        """What there is to see now, kept for the filmstrip; None, unrendered, where nobody will look at it."""
+        if self._scene.blind and not episode.video:
+            return None
+        seen = self._seen(env)
+        self._frames.append(seen.frame.images_BVHWC[0])
+        return seen
+
+    def _black(self) -> FrameBatch:
+        cameras = self._scene.contract.cameras
+        return FrameBatch(np.zeros((1, len(cameras), cameras[0].height, cameras[0].width, 3), dtype=np.uint8))
 
     def _seen(self, env: LiberoEnv) -> Observation:
         """The observation of this step, rendered once."""

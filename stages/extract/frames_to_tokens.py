@@ -110,7 +110,7 @@ class FramesToTokens:
 
     def _name(self, row: int) -> str:
         episode = self._pack.episodes[int(self._pack.episode_of_row[row])]
-        where = f"{episode.suite}, {episode.task}, episode {episode.number}, step {row - episode.first_row}"
+        where = f"{episode.suite}, {episode.task}, episode {episode.number}, step {self._pack.step_of_row[row]}"
         return f"row {row} of {self._pack.path} ({where})"
 
 

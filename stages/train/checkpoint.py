@@ -3,6 +3,9 @@
 ``policy.safetensors`` weights · ``ema.safetensors`` the averaged trainable weights, which act · ``optimizer.pt`` AdamW
 state (tensors and numbers only, read with weights_only; one file a rank where ranks hold different parts) ·
 ``card.json`` everything the live path is built from · ``backbone/`` tokenizer and model configuration.
+
+What ``geomcache export`` writes (shipping.py) is such a folder with ``export.json`` and one set of weights, without an
+optimiser: it acts like any checkpoint, and cannot be trained further.
 """
 
 import shutil
@@ -31,7 +34,8 @@ from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.policy import PolicyConfig, PolicyNet
 from geomcache.stages.train.sharding import is_sharded, load_optimizer_state, optimizer_state, whole
 
-_CARD, _WEIGHTS, _AVERAGES, BACKBONE_NAME = "card.json", "policy.safetensors", "ema.safetensors", "backbone"
+CARD_NAME, WEIGHTS_NAME, BACKBONE_NAME, EXPORT_NAME = "card.json", "policy.safetensors", "backbone", "export.json"
+_AVERAGES = "ema.safetensors"
 
 
 class CheckpointCard(VersionedSchema):
@@ -50,7 +54,7 @@ class CheckpointCard(VersionedSchema):
 
 def checkpoints_of(run: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step_*") if (path / _CARD).exists())
+    return sorted(path for path in (run / "checkpoints").glob("step_*") if (path / CARD_NAME).exists())
 
 
 def latest_checkpoint(path: Path) -> Path:
@@ -59,7 +63,7 @@ def latest_checkpoint(path: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    if (path / _CARD).exists():
+    if (path / CARD_NAME).exists():
         return path
     found = checkpoints_of(path)
     if not found:
@@ -74,7 +78,7 @@ def latest_checkpoint(path: Path) -> Path:
 
 def read_card(checkpoint: Path) -> CheckpointCard:
     """The card of a checkpoint; a newer schema or damage is an error by name."""
-    return CheckpointCard.read(checkpoint / _CARD, InputError)
+    return CheckpointCard.read(checkpoint / CARD_NAME, InputError)
 
 
 def save_checkpoint(
@@ -100,25 +104,21 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     temporary = Path(broadcast_object_list([str(temporary)])[0])
     try:
-        _save_tensors(dict(policy.state_dict()), temporary / _WEIGHTS, final, main)
+        _save_tensors(dict(policy.state_dict()), temporary / WEIGHTS_NAME, final, main)
         if ema is not None:
             _save_tensors(ema.as_tensors(), temporary / _AVERAGES, final, main)
         sharded = is_sharded(policy, optimizer)
         if main or sharded:
             state = optimizer_state(optimizer)
             path = temporary / _optimizer_name(accelerator.process_index if sharded else None)
-            with _named_errors(final):
+            with named_errors(final):
                 torch.save(state, path)
         accelerator.wait_for_everyone()
         if main:
             policy.save_backbone(temporary / BACKBONE_NAME)
-            names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
-            for name in names:
-                sync_file(temporary / name)
-            digests = {name: digest_file(temporary / name) for name in names}
-            write_atomic(temporary / _CARD, card.model_copy(update={"digests": digests}).model_dump_json(indent=2))
+            write_card(temporary, card)
             if final.exists():
-                _remove(final)
+                remove_whole(final)
             temporary.rename(final)
     finally:
         if main:
@@ -127,12 +127,22 @@ def save_checkpoint(
         sync_folder(final.parent)
         for old in checkpoints_of(run)[:-keep_last]:
             if keep_every is None or step_of(old) % keep_every:
-                _remove(old)
+                remove_whole(old)
     accelerator.wait_for_everyone()
     return final
 
 
-def _remove(checkpoint: Path) -> None:
+def write_card(folder: Path, card: CheckpointCard) -> CheckpointCard:
+    """Make all that stands in ``folder`` durable and write the card last, with its digests; returns that card."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    for name in names:
+        sync_file(folder / name)
+    card = card.model_copy(update={"digests": {name: digest_file(folder / name) for name in names}})
+    write_atomic(folder / CARD_NAME, card.model_dump_json(indent=2))
+    return card
+
+
+def remove_whole(checkpoint: Path) -> None:
     """Under a temporary name first: a kill in between leaves nothing that looks like a checkpoint."""
     doomed = temporary_name(checkpoint)
     checkpoint.rename(doomed)
@@ -144,8 +154,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def is_exported(checkpoint: Path) -> bool:
+    """Whether ``geomcache export`` wrote this folder, not training."""
+    return (checkpoint / EXPORT_NAME).exists()
+
+
 @contextmanager
-def _named_errors(final: Path) -> Iterator[None]:
+def named_errors(final: Path) -> Iterator[None]:
+    """What saving tensors into ``final`` raises, as ``InputError``."""
     try:
         yield
     except (SafetensorError, RuntimeError) as problem:  # both libraries hide the system's error
@@ -164,7 +180,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, final: Path, mai
         if main:
             state[name] = value.cpu().contiguous()
     if main:
-        with _named_errors(final):
+        with named_errors(final):
             save_file(state, path)
 
 
@@ -175,40 +191,45 @@ def _optimizer_name(rank: int | None) -> str:
 def load_policy(checkpoint: Path, card: CheckpointCard, *, averaged: bool = True) -> PolicyNet:
     """The policy with the checkpoint's weights, strictly loaded: the averaged ones where there are any."""
     for path in sorted((checkpoint / BACKBONE_NAME).iterdir()):
-        _require_whole(checkpoint, str(path.relative_to(checkpoint)))
+        require_whole(checkpoint, str(path.relative_to(checkpoint)))
     policy = PolicyNet(
         card.policy, card.recipe.spec if card.recipe else None, backbone_folder=checkpoint / BACKBONE_NAME
     )
     load_weights(policy, checkpoint)
-    if averaged and _AVERAGES in card.digests:
+    if averaged and has_averages(card):
         policy.load_state_dict(read_averages(checkpoint), strict=False)
     return policy
 
 
+def has_averages(card: CheckpointCard) -> bool:
+    """Whether averaged weights lie beside the last ones."""
+    return _AVERAGES in card.digests
+
+
 def weights_digest(card: CheckpointCard) -> str:
     """Of a checkpoint's weights, the averaged ones included."""
-    return digest_json({name: card.digests[name] for name in (_WEIGHTS, _AVERAGES) if name in card.digests})
+    return digest_json({name: card.digests[name] for name in (WEIGHTS_NAME, _AVERAGES) if name in card.digests})
 
 
 def read_averages(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The averaged weights (EMA) of a checkpoint, by name."""
-    _require_whole(checkpoint, _AVERAGES)
+    require_whole(checkpoint, _AVERAGES)
     return load_file(checkpoint / _AVERAGES)
 
 
 def load_weights(policy: nn.Module, checkpoint: Path) -> None:
     """Load ``policy.safetensors``; a missing or unexpected tensor is an error."""
-    _require_whole(checkpoint, _WEIGHTS)
-    problems = policy.load_state_dict(load_file(checkpoint / _WEIGHTS), strict=False)
+    require_whole(checkpoint, WEIGHTS_NAME)
+    problems = policy.load_state_dict(load_file(checkpoint / WEIGHTS_NAME), strict=False)
     if problems.missing_keys or problems.unexpected_keys:
         raise InputError(
-            f"{checkpoint / _WEIGHTS} does not fit the policy of its card",
+            f"{checkpoint / WEIGHTS_NAME} does not fit the policy of its card",
             expected="exactly the policy's tensors",
             found=f"missing {problems.missing_keys[:3]}, unexpected {problems.unexpected_keys[:3]}",
         )
 
 
-def _require_whole(checkpoint: Path, name: str) -> None:
+def require_whole(checkpoint: Path, name: str) -> None:
     """Raise ``InputError`` unless a file's bytes are those that were saved."""
     path, expected = checkpoint / name, read_card(checkpoint).digests.get(name)
     found = digest_file(path) if path.exists() else "no file"
@@ -217,13 +238,26 @@ def _require_whole(checkpoint: Path, name: str) -> None:
             f"{path} is damaged",
             expected=f"the bytes that were saved (SHA-256 {str(expected)[:16]}...)",
             found=found[:16],
-            fix=f"delete {checkpoint}; training continues from the checkpoint before it",
+            fix="export it again, or reinstall geomcache if it came with it"
+            if is_exported(checkpoint)
+            else f"delete {checkpoint}; training continues from the checkpoint before it",
         )
 
 
 def load_optimizer(optimizer: Any, policy: nn.Module, checkpoint: Path, rank: int) -> None:
-    """Restore AdamW's moments and step counts, after accelerate has prepared both."""
+    """Restore AdamW's moments and step counts, after accelerate has prepared both.
+
+    Raises:
+        InputError: an exported policy, which has none; or a damaged file.
+    """
+    if is_exported(checkpoint):
+        raise InputError(
+            f"{checkpoint} is an exported policy: it acts, and cannot be trained further",
+            expected="a checkpoint as geomcache train writes it",
+            found="weights without the optimiser's state",
+            fix="continue the run that it was exported from",
+        )
     name = _optimizer_name(rank if is_sharded(policy, optimizer) else None)
-    _require_whole(checkpoint, name)
+    require_whole(checkpoint, name)
     state = torch.load(checkpoint / name, weights_only=True, map_location="cpu")
     load_optimizer_state(optimizer, state, str(checkpoint / name))

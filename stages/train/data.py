@@ -47,10 +47,7 @@ class TrainingData:
         self._starts = np.cumsum([0, *(len(pack) for pack in self.packs)])
         starts = shard_starts([(len(pack), pack.info.request.rows_per_shard) for pack in self.packs])
         self.rows = Rows(starts, self._held_out(config.validation_share))
-        # real actions from each row to its episode's end, the row's own included
-        self._actions_left_N = np.concatenate(
-            [np.arange(one.rows, 0, -1) for pack in self.packs for one in pack.episodes]
-        )
+        self._counted_N = np.concatenate([pack.counted_N for pack in self.packs])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -76,8 +73,8 @@ class TrainingData:
         return np.flatnonzero(~self.rows.held_out_N)
 
     def count_actions(self, rows: NDArray[np.int64]) -> int:
-        """Real (not padded) actions in the chunks of ``rows``."""
-        return int(np.minimum(self._actions_left_N[rows], self.horizon).sum())
+        """Actions that count in the chunks of ``rows``: the sum of their masks."""
+        return int(np.minimum(self._counted_N[rows], self.horizon).sum())
 
     def keys(self, rows: NDArray[np.int64]) -> list[dict[str, object]]:
         """Where rows come from, for people: the frame's key and its place in the pack."""
@@ -93,7 +90,7 @@ class TrainingData:
                     "suite": episode.suite,
                     "task": episode.task,
                     "episode": episode.number,
-                    "step": local - episode.first_row,
+                    "step": int(pack.step_of_row[local]),
                 }
             )
         return found
@@ -124,8 +121,13 @@ class TrainingData:
         return np.concatenate([pack.states_NS for pack in self.packs])
 
     def actions(self) -> NDArray[np.float32]:
-        """Every row's action [N, 7]."""
+        """Every row's (first) action [N, 7]."""
         return np.concatenate([pack.actions_NA for pack in self.packs])
+
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[S, 7] the actions of every control step that belongs to one of ``rows``; what statistics are made of."""
+        pairs = np.searchsorted(self._starts, rows, side="right") - 1
+        return np.concatenate([pack.labels(rows[pairs == i] - self._starts[i]) for i, pack in enumerate(self.packs)])
 
     def locate(self, row: int) -> tuple[int, int]:
         """Row of the run -> (pair, row of the pack)."""
@@ -133,13 +135,9 @@ class TrainingData:
         return pair, int(row - self._starts[pair])
 
     def action_chunk(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The T actions from ``row`` on, and which of them lie inside the episode (the rest repeat the last)."""
+        """The actions [T, 7] of the T control steps from ``row``'s own on, and which of them count [T]."""
         pair, local = self.locate(row)
-        pack = self.packs[pair]
-        episode = pack.episodes[int(pack.episode_of_row[local])]
-        wanted = np.arange(local, local + self.horizon)
-        end = episode.first_row + episode.rows
-        return pack.actions_NA[np.minimum(wanted, end - 1)], wanted < end
+        return self.packs[pair].action_chunk(local, self.horizon)
 
     @property
     def codec(self) -> TokenCodec:
@@ -253,8 +251,7 @@ class BatchMaker:
 
     def mean_action(self) -> NDArray[np.float32]:
         """[7], of the training rows, in the policy's units: the prediction that any policy must beat."""
-        actions_NA = self._normaliser.normalise_actions(self.data.actions()[self.data.training_rows])
-        return np.asarray(actions_NA.mean(axis=0))
+        return np.asarray(self._normaliser.normalise_actions(self.data.labels(self.data.training_rows)).mean(axis=0))
 
     def first_sample(self, micro_step: int) -> int:
         """Which of the optimiser step's samples is the first of this rank's part."""
@@ -267,7 +264,7 @@ class BatchMaker:
         return self.rows(micro_step // self._config.gradient_accumulation_steps)[start : start + self.batch_size]
 
     def loss_weight(self, micro_step: int) -> float:
-        """Of this part's loss, so that the mean over ranks and parts is the mean over the step's real actions."""
+        """Of this part's loss, so that the mean over ranks and parts is that over the step's counted actions."""
         parts = self._config.gradient_accumulation_steps * self._config.processes
         rows, start = self.rows(micro_step // self._config.gradient_accumulation_steps), self.first_sample(micro_step)
         whole = self.data.count_actions(rows)
@@ -276,15 +273,23 @@ class BatchMaker:
     def __getitem__(self, micro_step: int) -> PolicyBatch | GeomcacheError:
         """For a loader process; a named error is handed over, since raised there it comes wrapped in a traceback."""
         try:
-            return self.batch(self.micro_rows(micro_step), with_tokens=False)
+            return self.batch(self.micro_rows(micro_step), with_tokens=False, augment_for=micro_step)
         except GeomcacheError as problem:
             return problem
 
-    def batch(self, rows: NDArray[np.int64], *, with_tokens: bool = True) -> PolicyBatch:
-        """One batch of the given rows, with actions; in the loop its tokens come from a ``TokenFeed``."""
+    def batch(
+        self, rows: NDArray[np.int64], *, with_tokens: bool = True, augment_for: int | None = None
+    ) -> PolicyBatch:
+        """One batch of the given rows, with actions; in the loop its tokens come from a ``TokenFeed``.
+
+        Images are augmented with the draws of the micro-step ``augment_for``; None: as they are.
+        """
         places = [self.data.locate(int(row)) for row in rows]
         packs = self.data.packs
-        images = np.concatenate([packs[pair].images([local]) for pair, local in places])
+        images = self._images(places)
+        if augment_for is not None:
+            step, first = augment_for // self._config.gradient_accumulation_steps, self.first_sample(augment_for)
+            images = self._config.augment.apply(images, seed=self._config.seed, step=step, first=first)
         instructions = [packs[pair].instruction(local) for pair, local in places]
         states = np.stack([packs[pair].states_NS[local] for pair, local in places])
         chunks = [self.data.action_chunk(int(row)) for row in rows]
@@ -295,3 +300,9 @@ class BatchMaker:
             actions_BTA=torch.from_numpy(self._normaliser.normalise_actions(np.stack([a for a, _ in chunks]))),
             action_mask_BT=torch.from_numpy(np.stack([mask for _, mask in chunks])),
         )
+
+    def _images(self, places: list[tuple[int, int]]) -> NDArray[np.uint8]:
+        """[B, V, H, W, 3]; for a blind policy nothing is decoded."""
+        if not self._packer.shows_images:
+            return np.zeros((len(places), len(self.data.contract.cameras), 1, 1, 3), dtype=np.uint8)
+        return np.concatenate([self.data.packs[pair].images([local]) for pair, local in places])

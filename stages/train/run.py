@@ -33,6 +33,7 @@ from geomcache.stages.train.checkpoint import (
     BACKBONE_NAME,
     CheckpointCard,
     checkpoints_of,
+    is_exported,
     latest_checkpoint,
     read_card,
 )
@@ -218,9 +219,16 @@ def run_of(checkpoint: Path) -> tuple[Path, TrainConfig]:
     """The run folder that a checkpoint lies in, and its settings.
 
     Raises:
-        InputError: it does not lie where it was written.
+        InputError: it does not lie where it was written, or is an exported policy.
         ConfigError: the settings cannot be read.
     """
+    if is_exported(checkpoint):
+        raise InputError(
+            f"{checkpoint} is an exported policy: what it was trained on is not with it",
+            expected="a run folder of geomcache train, with its packs where config.yaml says",
+            found="weights and cards alone",
+            fix="name the run that it was exported from",
+        )
     run = checkpoint.parent.parent
     if not (run / CONFIG_NAME).exists():
         raise InputError(

@@ -57,17 +57,20 @@ def check_decoding(run: OpenedRun, episode: StoredEpisode) -> tuple[Finding, Arr
     Returns:
         The finding, and the actions [T, 7] that the closed loop executes, EXECUTE_STEPS of each chunk.
     """
-    execute = min(EXECUTE_STEPS, run.policy.horizon)
-    steps = list(range(0, len(episode), execute))
-    batch = run.maker.batch(episode.rows(steps), with_tokens=False)
+    apart, most, labels_TA = episode.pack.info.steps_per_row, min(EXECUTE_STEPS, run.policy.horizon), episode.labels_TA
+    rows = np.arange(0, len(episode), max(1, most // apart))
+    batch = run.maker.batch(episode.rows(rows.tolist()), with_tokens=False)
     assert batch.actions_BTA is not None
-    normalised = batch.actions_BTA.numpy()[:, :execute].reshape(-1, batch.actions_BTA.shape[-1])[: len(episode)]
-    decoded_TA, packed_TA = run.policy.decode(normalised), episode.actions_TA
-    compared = f"{len(steps)} chunks, normalised by training and decoded by the live path, with the packed actions"
+    execute = min(most, max(1, most // apart) * apart)  # control steps from one chunk to the next
+    steps_BT = rows[:, None] * apart + np.arange(execute)
+    inside_BT = steps_BT < len(labels_TA)
+    normalised = batch.actions_BTA.numpy()[:, :execute][inside_BT]
+    decoded_TA, packed_TA = run.policy.decode(normalised), labels_TA[steps_BT[inside_BT]]
+    compared = f"{len(rows)} chunks, normalised by training and decoded by the live path, with the packed actions"
     if (low := packed_TA[:, 6].min()) >= 0.0 and np.ptp(packed_TA[:, 6]) > 0.0:
         found = f"the packed gripper runs from {low:g} to {packed_TA[:, 6].max():g}"
         return failed("actions", compared, "gripper from -1 (open) to +1 (close)", found, GRIPPER_RANGE), decoded_TA
-    if is_absolute(packed_TA, episode.states_TS):
+    if is_absolute(episode.actions_TA, episode.states_TS):
         found = f"row 0: {_numbers(packed_TA[0])}, which is where the hand is, in every row"
         return failed("actions", compared, "deltas, 1 = 0.05 m and 0.5 rad", found, ABSOLUTE), decoded_TA
     if run.config.gripper == "binarise":  # as Normaliser does both ways; numbers in between do not come back
@@ -147,7 +150,7 @@ def check_replay(
     if _follows(found, stored_TS):
         if scene.executed_TA is not None and (wrong := _labels(episode.actions_TA, scene.executed_TA)) is not None:
             compared = f"packed actions of {episode.where} with the file's executed ones"
-            return failed("actions", compared, "the same but for noise of the motion", *wrong), found
+            return failed("actions", compared, "the same but for noise and pushes of the motion", *wrong), found
         if found.success:
             return passed("actions", compared, _told(found, stored_TS), expected), found
         text = f"{_told(found, stored_TS)}; the demonstration does not reach its goal here"
@@ -180,9 +183,9 @@ def check_replay(
 
 
 def _labels(packed: Array, executed: Array) -> tuple[str, str | None] | None:
-    """(what is wrong, its fault) with packed labels whose noisy twins were executed; None: nothing.
+    """(what is wrong, its fault) with packed labels whose disturbed twins were executed; None: nothing.
 
-    Noise is on the motion only, and no larger than to make the right row's the most alike.
+    Noise and pushes are on the motion only, and no larger than to make the right row's the most alike.
     """
     rows = min(len(packed), len(executed))
     label, done = packed[:rows], executed[:rows]

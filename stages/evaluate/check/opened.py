@@ -23,7 +23,7 @@ MODES: tuple[NormalisationMode, ...] = ("mean_std", "min_max", "q99")
 
 @dataclass(frozen=True)
 class StoredEpisode:
-    """One packed episode; step t of it is row ``first + t`` of the run."""
+    """One packed episode; its row t is row ``first + t`` of the run."""
 
     pack: PackReader
     record: EpisodeRecord
@@ -44,8 +44,13 @@ class StoredEpisode:
 
     @property
     def actions_TA(self) -> NDArray[np.float32]:
-        """[T, 7]."""
+        """[T, 7] each row's (first)."""
         return self.pack.actions_NA[self.record.first_row :][: len(self)]
+
+    @property
+    def labels_TA(self) -> NDArray[np.float32]:
+        """[T, 7] of every control step; more than rows where only every k-th step was observed."""
+        return self.pack.labels(self.record.first_row + np.arange(len(self)))
 
     def frames(self, steps: Sequence[int]) -> FrameBatch:
         """Decoded frames of some steps."""
@@ -78,7 +83,7 @@ class OpenedRun:
     def fitted(self, mode: NormalisationMode) -> Normaliser:
         """Statistics of the run's training rows."""
         rows = self.data.training_rows
-        return Normaliser.fit(self.data.states()[rows], self.data.actions()[rows], mode, self.config.gripper)
+        return Normaliser.fit(self.data.states()[rows], self.data.labels(rows), mode, self.config.gripper)
 
     @property
     def every_episode(self) -> list[StoredEpisode]:
@@ -140,6 +145,6 @@ def with_data(
 ) -> OpenedRun:
     """The parts put together; the statistics are fitted as ``stages/train/run.py`` does."""
     rows = data.training_rows
-    fitted = Normaliser.fit(data.states()[rows], data.actions()[rows], config.normalisation, config.gripper)
+    fitted = Normaliser.fit(data.states()[rows], data.labels(rows), config.normalisation, config.gripper)
     maker = BatchMaker(data, policy.packer, fitted, config)
     return OpenedRun(run, config, data, maker, policy, encoder_changes or {})

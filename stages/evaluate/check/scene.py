@@ -22,7 +22,7 @@ from geomcache.pipeline.frames import Observation
 from geomcache.pipeline.orientation import to_upright
 from geomcache.pipeline.sim import suites
 from geomcache.pipeline.sim.libero_env import SETTLE_ACTION, LiberoEnv
-from geomcache.pipeline.sim.replay import Replay, StoredDemo, read_demo
+from geomcache.pipeline.sim.replay import Replay, StoredDemo, is_init_state, read_demo
 from geomcache.pipeline.sources._libero_files import find_files
 from geomcache.stages.evaluate.check.opened import OpenedRun, StoredEpisode
 from geomcache.stages.evaluate.config import EvalConfig
@@ -125,25 +125,32 @@ class Scenes:
                 f"{info.no_op_rows} rows of {episode.pack.path} were left out as no-ops: its actions do not lead on",
                 "check a run that was trained on a pack built without --drop-no-ops",
             )
-        start, noisy = None, False
+        if info.steps_per_row > 1:
+            return NoScene(
+                f"rows of {episode.pack.path} are {info.steps_per_row} control steps apart: not every moment of an "
+                "episode is there to be followed",
+                "check a run that was trained on demonstrations recorded without --every",
+            )
+        start, disturbed = None, False
         try:
             metadata = json.loads(episode.record.metadata)
-            noisy = float(metadata.get("noise", 0.0)) > 0.0
+            disturbed = float(metadata.get("noise", 0.0)) > 0.0 or "perturb" in metadata
             if "seed" in metadata:
                 start = int(metadata["seed"]), int(metadata["init_state_index"])
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as problem:
             return NoScene(f"the episode's metadata are damaged ({problem!r})", _PACK_AGAIN)
         fix = demos_fix(episode)
         try:
-            if start is not None and not noisy:
+            if start is not None and not disturbed:
                 env = self._env(episode)
-                if not 0 <= start[0] <= _LARGEST_SEED or not 0 <= start[1] < env.task.n_init_states:
+                if not 0 <= start[0] <= _LARGEST_SEED or not is_init_state(env.task, start[1]):
                     return NoScene(f"the episode's metadata are damaged (seed, initial state: {start})", _PACK_AGAIN)
                 return Scene(env, episode, start)
             if self.demos is None or fix == NO_DEMOS:
-                why = "noise was executed that the pack does not hold" if noisy else "the pack does not hold the scene"
+                executed = "noise or pushes were executed that the pack does not hold"
+                why = executed if disturbed else "the pack does not hold the scene"
                 return NoScene(why, fix)
-            return Scene(self._env(episode), episode, _find_demo(self.demos, episode), noisy)
+            return Scene(self._env(episode), episode, _find_demo(self.demos, episode), disturbed)
         except MissingDependency:
             raise
         except GeomcacheError as problem:  # no such task, no such file

@@ -32,7 +32,7 @@ from geomcache.stages.evaluate.check.finding import (
 from geomcache.stages.evaluate.check.frames import fault_of
 from geomcache.stages.evaluate.check.opened import StoredEpisode
 
-_EVERY = 4  # rows between the pictures that a track is told by
+_EVERY = 4  # control steps between the pictures that a track is told by
 _ERRORS: dict[str, Callable[[Sequence[Track]], Mapping[ImageOrientation, float]]] = {
     AGENTVIEW: static_camera_errors,
     WRIST: wrist_camera_errors,
@@ -45,7 +45,7 @@ def check_unrestored(episode: StoredEpisode) -> list[Finding]:
 
 
 def _orientation(episode: StoredEpisode) -> list[Finding]:
-    steps = list(range(0, len(episode), _EVERY))
+    steps = list(range(0, len(episode), max(1, _EVERY // episode.pack.info.steps_per_row)))
     images, names = episode.frames(steps).images_BVHWC, episode.pack.info.contract.camera_names
     findings = []
     for view, name in enumerate(names):

@@ -273,6 +273,7 @@ def _notes(a: Evaluation, b: Evaluation) -> list[str]:
     theirs = {name: getattr(right.config, name) for name in mine}
     for name in ("mode", "device"):
         mine[name], theirs[name] = getattr(left.conditions, name), getattr(right.conditions, name)
+    mine["under"], theirs["under"] = (", ".join(one.config.describe_changes()) or "nothing" for one in (left, right))
     notes += [
         f"{name}: {mine[name]} in {a.name}, {theirs[name]} in {b.name}" for name in mine if mine[name] != theirs[name]
     ]

@@ -64,6 +64,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "name": evaluation.name,
         "arm": evaluation.arm,
+        "changes": ", ".join(results.config.describe_changes()),
         "results": results,
         "restarts": sum(episode.restarts for episode in episodes),
         "chart": chart([evaluation]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from geomcache.cache_schemas.errors import ConfigError, InputError, SchemaTooNew
 from geomcache.cache_schemas.fingerprint import digest_json
 from geomcache.pipeline.files import CONFIG_NAME
+from geomcache.stages.evaluate.live_policy import is_shown_images
 from geomcache.stages.evaluate.results import RESULTS_NAME, EpisodeKey, EpisodeResult, EvalResults, read_results
 from geomcache.stages.train.checkpoint import (
     CheckpointCard,
@@ -29,11 +30,14 @@ class PolicyKind:
     encoder: str | None
     training_seed: int | None  # None: the run's config.yaml cannot be read
     settings: str | None = None  # digest of that file's settings, less the seed and the folder
+    sees_images: bool = True
 
     @property
     def arm(self) -> str:
         """Runs of one arm differ in the training seed alone."""
-        return self.compressor if self.encoder is None else f"{self.compressor} of {self.encoder}"
+        if self.encoder is None:
+            return self.compressor if self.sees_images else "blind"
+        return f"{self.compressor} of {self.encoder}" + ("" if self.sees_images else " without images")
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class Evaluation:
 
     @property
     def arm(self) -> str:
-        """The policy's arm; masked geometry is an arm of its own, and so is what cannot be traced."""
-        if self.policy is None:
-            return "?"
-        return f"{self.policy.arm}, masked" if self.results.config.without_geometry else self.policy.arm
+        """The policy's arm; masked geometry is one of its own, so are camera orbit and rulers, and the untraceable."""
+        masked = ["masked"] if self.results.config.without_geometry and self.policy is not None else []
+        policy = self.policy.arm if self.policy is not None else "?"
+        return ", ".join([policy, *masked, *self.results.config.describe_changes()])
 
     def by_key(self) -> dict[EpisodeKey, EpisodeResult]:
         """Its episodes."""
@@ -158,6 +162,6 @@ def _kind(run: Path, card: CheckpointCard) -> PolicyKind:
         config = None
     encoder = card.recipe.encoder.name if card.recipe else None
     if config is None:
-        return PolicyKind(card.policy.compressor, encoder, None)
+        return PolicyKind(card.policy.compressor, encoder, None, sees_images=is_shown_images(card))
     rest = config.model_dump(mode="json", exclude={"seed", "out"})
-    return PolicyKind(card.policy.compressor, encoder, config.seed, digest_json(rest))
+    return PolicyKind(card.policy.compressor, encoder, config.seed, digest_json(rest), is_shown_images(card))

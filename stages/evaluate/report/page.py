@@ -171,7 +171,7 @@ def _evaluation_of(folder: Path, run: Path) -> Evaluation | None:
         if is_evaluation(path):
             found = open_evaluation(path, run.name)
             config, conditions = found.results.config, found.results.conditions
-            plain = config.averaged and not config.without_geometry
+            plain = config.averaged and not config.without_geometry and not config.describe_changes()
             if plain and conditions.checkpoint_weights == weights_digest(read_card(latest_checkpoint(run))):
                 return found
     return None

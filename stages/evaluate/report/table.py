@@ -145,6 +145,8 @@ def _difference(found: Comparison | None) -> list[str]:
 
 def _place(evaluation: Evaluation) -> int:
     compressor = evaluation.policy.compressor if evaluation.policy else ""
+    if evaluation.policy is not None and not evaluation.policy.sees_images:
+        return -1  # what sees nothing stands before all that does
     return PLAN.index(compressor) if compressor in PLAN else len(PLAN)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from geomcache.cache_schemas.errors import GeomcacheError, InputError, SchemaTooNew
+from geomcache.stages.evaluate.corruption import Corruption
 from geomcache.stages.evaluate.report.comparison import Comparison, compare, compare_training_seeds, name_episodes
 from geomcache.stages.evaluate.report.inputs import Evaluation, PolicyKind, open_evaluation, open_evaluations
 from geomcache.stages.evaluate.report.table import compare_folders, make_report, markdown, tables
@@ -174,6 +175,22 @@ def test_what_differs_beside_the_policy_is_said() -> None:
         "mujoco: 3.17.0 in a, 3.18.0 in b",
     )
     assert only(made("a", ALL), made("b", ALL, checkpoint_weights="v" * 64)).notes == ()
+
+
+def test_camera_orbit_and_rulers_are_named_wherever_a_result_is() -> None:
+    """They change what is seen, not the task: conditions can be compared, under their names."""
+    kind = PolicyKind("pool", "oracle_pointmap", 1)
+    plain, turned = made("plain", ALL, kind), made("turned", FIRST_EIGHT, kind, camera_orbit=10.0)
+    told = made("told", ALL, kind, camera_orbit=10.0, corruption=Corruption(nominal_extrinsics=True))
+    assert "under: nothing in plain, camera orbit ±10° in turned" in only(plain, turned).notes
+    assert not any("under" in note for note in only(turned, made("again", ALL, kind, camera_orbit=10.0)).notes)
+    assert [line.arm for line in make_report([plain, turned, told]).lines] == [
+        "pool of oracle_pointmap",
+        "pool of oracle_pointmap, camera orbit ±10°",
+        "pool of oracle_pointmap, camera orbit ±10°, nominal extrinsics",
+    ]
+    rgb, blind = made("rgb", ALL, PolicyKind("none", None, 1)), made("b", ALL, PolicyKind("none", None, 1, None, False))
+    assert [line.arm for line in make_report([rgb, blind]).lines] == ["blind", "none"]
 
 
 def test_the_ablation_table_stands_in_the_plans_order() -> None:

@@ -17,18 +17,25 @@ from typer.testing import CliRunner
 
 from geomcache.cache_schemas.errors import InputError
 from geomcache.stages.cli import report
+from geomcache.stages.evaluate.corruption import Corruption, Drawn
 from geomcache.stages.evaluate.grasp import GraspMetrics
 from geomcache.stages.evaluate.pictures import Mark, filmstrip, success_chart, video
 from geomcache.stages.evaluate.report.evaluation import how_it_failed, per_query
 from geomcache.stages.evaluate.report.inputs import open_evaluation
 from geomcache.stages.evaluate.report.page import policy_rows, write_comparison, write_evaluation, write_report
-from geomcache.stages.evaluate.results import EpisodeKey, failure_name, filmstrip_name, video_name
+from geomcache.stages.evaluate.results import (
+    RESULTS_NAME,
+    EpisodeKey,
+    failure_name,
+    filmstrip_name,
+    video_name,
+)
 from geomcache.stages.train.checkpoint import latest_checkpoint, read_card, weights_digest
 from geomcache.stages.train.config import DataPair, TrainConfig
 from geomcache.stages.train.policy import PolicyConfig
 from geomcache.stages.train.run import run as train
 from tests.conftest import nothing
-from tests.stages.evaluate.evaluation_folders import episode, keys, write_folder
+from tests.stages.evaluate.evaluation_folders import episode, keys, make_results, write_folder
 
 app = typer.Typer()
 app.command("report")(report.report)
@@ -86,6 +93,26 @@ def test_the_page_of_an_evaluation(tmp_path: Path) -> None:
     assert "(190 in all): encoder and codec 26 ms, VLM 53 ms, compressor and head 13 ms." in text
     assert "mujoco 3.17.0" in text
     assert "execute_steps 8" in text
+
+
+def test_the_page_says_that_it_was_not_the_plain_test(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "camera_orbit": 10.0,
+        "corruption": Corruption(depth_noise_m=0.01, shuffle_instructions=True),
+    }
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    found = [episode(key, True, drawn=Drawn(camera_orbit=-3.25, told="put the milk away")) for key in keys(tasks=(0,))]
+    (folder / RESULTS_NAME).write_text(make_results(found, **changes).model_dump_json())
+    page = tmp_path / "page.html"
+    evaluation = write_evaluation(folder, page, "x")
+    text = text_of(page)
+    named = "camera orbit ±10°, depth noise 0.01 m, shuffled instructions"
+    assert f"Not the plain test: {named} (docs/evaluate.md)." in text
+    assert "(initial state 0, seed 7, camera turned by -3.2°, told “put the milk away”): success" in text
+    assert evaluation.arm == f"?, {named}"
+    write_evaluation(write_folder(tmp_path / "plain", keys(), lambda _: True), page, "x")
+    assert "plain test" not in text_of(page)
 
 
 def test_a_first_episode_that_fails_is_shown_once(tmp_path: Path) -> None:
@@ -282,6 +309,13 @@ def test_evaluations_that_cannot_be_paired_stand_side_by_side(runs: Path, tmp_pa
 def test_an_evaluation_of_an_older_training_is_not_the_runs_own(runs: Path) -> None:
     write_folder(runs / "eval/none", keys(), failing_from(3), checkpoint_weights="0" * 64)
     assert next(row.success for row in policy_rows(runs) if row.name == "none") == "-"
+
+
+def test_an_evaluation_under_another_condition_is_not_the_runs_success(runs: Path) -> None:
+    weights = _weights(runs, "none")
+    for camera_orbit, shown in ((0.0, "6/10"), (10.0, "-")):
+        write_folder(runs / "eval/none", keys(), failing_from(3), checkpoint_weights=weights, camera_orbit=camera_orbit)
+        assert next(row.success for row in policy_rows(runs) if row.name == "none") == shown
 
 
 def test_a_folder_with_nothing_says_what_to_do(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 from geomcache.cache_schemas.errors import CacheIncomplete, CacheStale, ConfigError, ContractMismatch
 from geomcache.stages.train.config import DataPair, TrainConfig
-from geomcache.stages.train.data import TrainingData
+from geomcache.stages.train.data import BatchMaker, TrainingData
+from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.policy import PolicyConfig
 from geomcache.stages.train.row_order import RowOrder, Rows, rows_of_step, shard_starts
 from tests.conftest import LENGTHS, build_pack_at, extract_without_ray, write_demo_file
+from tests.thinned_files import thinned
 
 ROWS = sum(LENGTHS) - len(LENGTHS)
 
@@ -51,6 +54,34 @@ def test_chunks_stop_at_the_episodes_end(pack_path: Path) -> None:
     assert mask.tolist() == [True] * 3 + [False] * (data.horizon - 3)
     np.testing.assert_array_equal(chunk[:3], data.actions()[first_end - 3 : first_end])
     np.testing.assert_array_equal(chunk[3:], np.repeat(data.actions()[first_end - 1 : first_end], data.horizon - 3, 0))
+
+
+def test_thinned_and_plain_packs_train_together_and_weigh_by_what_counts(pack_path: Path, tmp_path: Path) -> None:
+    """Every 4th step observed, pushes at control steps 5 and 20; chunks, weights and statistics see every step."""
+    path = thinned(tmp_path / "task_demo.hdf5", 4, [6, 21], lengths=(31,))
+    data = TrainingData(_config((pack_path, None), (build_pack_at(path, tmp_path / "pack"), None), compressor="none"))
+    with h5py.File(path) as file:
+        labels = file["data/demo_0/actions"][1:].astype(np.float32)
+    assert (len(data), data.horizon) == (ROWS + 8, 8)
+    chunk, mask = data.action_chunk(ROWS + 4)  # control step 16
+    np.testing.assert_array_equal(chunk, labels[16:24])
+    assert mask.tolist() == [True] * 5 + [False] * 3
+    every = np.arange(len(data))
+    masks = np.stack([data.action_chunk(int(row))[1] for row in every])
+    for rows in (every, every[[3, ROWS + 1, ROWS + 1]], every[-1:]):
+        assert data.count_actions(rows) == masks[rows].sum()
+    taken = np.array([0, ROWS + 1, ROWS + 7])
+    np.testing.assert_array_equal(data.labels(taken), [data.actions()[0], *labels[4:8], *labels[28:]])
+    assert len(data.labels(every)) == ROWS + 30
+    assert [key["step"] for key in data.keys(taken)] == [0, 4, 28]
+    maker = BatchMaker(data, None, Normaliser.fit(data.states(), data.labels(every)), _config())  # type: ignore[arg-type]
+    wanted = np.concatenate([data.labels(every[:ROWS]), labels])
+    np.testing.assert_allclose(maker.mean_action()[:6], _min_max(wanted)[:, :6].mean(axis=0), atol=1e-6)
+
+
+def _min_max(actions: np.ndarray) -> np.ndarray:
+    low, high = actions.min(axis=0), actions.max(axis=0)
+    return np.asarray((actions - low) / (high - low) * 2.0 - 1.0)
 
 
 def test_several_pairs_are_one_run_of_rows(pack_path: Path, caches: dict[str, Path], tmp_path: Path) -> None:
