@@ -129,7 +129,7 @@ class Run:
         self.policy = build_policy(config, self.data)
         trained = self.data.training_rows
         self.normaliser = Normaliser.fit(
-            self.data.states()[trained], self.data.actions()[trained], config.normalisation, config.gripper
+            self.data.states()[trained], self.data.labels(trained), config.normalisation, config.gripper
         )
 
     def train(

@@ -120,10 +120,6 @@ class TrainingData:
         """Every row's state [N, 8]."""
         return np.concatenate([pack.states_NS for pack in self.packs])
 
-    def actions(self) -> NDArray[np.float32]:
-        """Every row's (first) action [N, 7]."""
-        return np.concatenate([pack.actions_NA for pack in self.packs])
-
     def labels(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """[S, 7] the actions of every control step that belongs to one of ``rows``; what statistics are made of."""
         pairs = np.searchsorted(self._starts, rows, side="right") - 1

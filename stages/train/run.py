@@ -86,7 +86,7 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
         if (finished := read_result(config.out)) is not None:
             return finished, True
     trained = data.training_rows
-    normaliser = Normaliser.fit(data.states()[trained], data.actions()[trained], config.normalisation, config.gripper)
+    normaliser = Normaliser.fit(data.states()[trained], data.labels(trained), config.normalisation, config.gripper)
     policy = build_policy(config, data, _standing_backbone(config))
     card = CheckpointCard(
         step=0,

@@ -64,7 +64,7 @@ def test_arms_have_the_same_rows_and_the_same_weights_where_they_share_them(conf
         data = TrainingData(arm)
         policy = build_policy(arm, data)
         assert policy.config.compressor == name
-        normaliser = Normaliser.fit(data.states(), data.actions(), arm.normalisation, arm.gripper)
+        normaliser = Normaliser.fit(data.states(), data.labels(np.arange(len(data))), arm.normalisation, arm.gripper)
         maker = BatchMaker(data, policy.backbone.packer, normaliser, arm)
         order[name] = np.stack([maker.rows(step) for step in range(30)])
         parts = ("backbone.", "dit.")

@@ -152,7 +152,7 @@ def test_bfloat16_weights_are_not_trained(config: TrainConfig) -> None:
 def test_ranks_train_on_the_two_halves_of_each_batch(config: TrainConfig) -> None:
     """What two ranks see is what one process with twice the batch sees (test_launch.py runs both)."""
     data, policy = TrainingData(config), build_policy(config, TrainingData(config))
-    normaliser = Normaliser.fit(data.states(), data.actions())
+    normaliser = Normaliser.fit(data.states(), data.labels(np.arange(len(data))))
     two = config.model_copy(update={"processes": 2, "batch_size": 2})
     halves = [BatchMaker(data, policy.backbone.packer, normaliser, two, rank=rank)[1] for rank in (0, 1)]
     whole = BatchMaker(data, policy.backbone.packer, normaliser, config)[1]
@@ -166,8 +166,8 @@ def test_statistics_are_those_of_the_rows_that_are_trained_on(config: TrainConfi
     data = TrainingData(config)
     trained, found = data.training_rows, read_card(latest_checkpoint(config.out)).normaliser
     assert 0 < len(trained) < len(data)
-    assert found == Normaliser.fit(data.states()[trained], data.actions()[trained])
-    assert found != Normaliser.fit(data.states(), data.actions())
+    assert found == Normaliser.fit(data.states()[trained], data.labels(trained))
+    assert found != Normaliser.fit(data.states(), data.labels(np.arange(len(data))))
 
 
 def test_a_result_without_its_checkpoints_answers_for_its_own_settings_only(config: TrainConfig) -> None:

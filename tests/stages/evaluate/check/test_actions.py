@@ -68,7 +68,9 @@ def test_statistics_of_another_mode_are_named(folder: Path, tmp_path: Path, mode
     run_on(folder / "none", tmp_path / "run")
     (card,) = (tmp_path / "run/checkpoints").glob("*/card.json")
     data = TrainingData(open_run(tmp_path / "run", "cpu").config)
-    other = Normaliser.fit(data.states(), data.actions(), mode).model_copy(update={"mode": "min_max"})
+    other = Normaliser.fit(data.states(), data.labels(np.arange(len(data))), mode).model_copy(
+        update={"mode": "min_max"}
+    )
     edit_card(card, normaliser=other.model_dump(mode="json"))
     run = open_run(tmp_path / "run", "cpu")
     assert_named(check_decoding(run, the_episode(run))[0], f"min_max statistics read as {mode}")

@@ -103,7 +103,7 @@ def test_another_instruction_is_named(intact: OpenedRun, replayed: Replayed) -> 
 
 def test_states_normalised_by_other_statistics_are_named(folder: Path, tmp_path: Path) -> None:
     run = run_on(folder / "none", tmp_path / "run")
-    states, actions = run.data.states(), run.data.actions()
+    states, actions = run.data.states(), run.data.labels(np.arange(len(run.data)))
     state = Normaliser.fit(states, actions, "q99").state
     card = run.policy.card
     edit_card(
