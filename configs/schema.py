@@ -1,7 +1,7 @@
 """The configuration class behind every command and every preset folder, and the settings that span stages."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,8 @@ from geomcache.pipeline.sim.recorder import Config as DemosConfig
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.extract.plan import ExtractConfig
 from geomcache.stages.train.config import TrainConfig
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PackConfig(Schema):
@@ -129,8 +131,8 @@ class ProofGate(Schema):
     """What must come out in one cell, as shares of episodes over all training seeds."""
 
     cell: str
-    at_least: dict[str, float] = Field(default_factory=dict)  # arm -> success rate
-    at_most: dict[str, float] = Field(default_factory=dict)
+    at_least: dict[str, Share] = Field(default_factory=dict)  # arm -> success rate
+    at_most: dict[str, Share] = Field(default_factory=dict)
 
 
 # Folder of presets -> what its YAML files are.

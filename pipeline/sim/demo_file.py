@@ -28,6 +28,7 @@ from geomcache.cache_schemas.errors import InputError
 from geomcache.cache_schemas.fingerprint import digest_json
 from geomcache.pipeline.files import atomic_writer, remove_leftovers, sync_folder, temporary_name
 from geomcache.pipeline.official_layout import file_camera_name
+from geomcache.pipeline.sim import spread
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.pipeline.sim.observation_rows import ObservationRows, scene_attributes
 from geomcache.pipeline.sim.perturbation import Perturbation
@@ -71,6 +72,8 @@ class Config(Schema):
         for name in _IN_DIGEST_UNLESS_DEFAULT:
             if content[name] == type(self).model_fields[name].default:
                 del content[name]
+        if task.suite in spread.BASES:  # a list that is drawn again gives other demonstrations
+            content["placements"] = digest_json(spread.task_spread(task.suite, task.index).model_dump(mode="json"))
         return digest_json(content | {"task": task.name, "recorder_version": RECORDER_VERSION})
 
 

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache_schemas.errors import InputError
+from geomcache.cache_schemas.errors import InputError, UnknownName
 from geomcache.pipeline.files import locked_folder
 from geomcache.pipeline.ray_workers import Pool, run_tasks
 from geomcache.pipeline.sim import demo_file, suites
@@ -244,6 +244,14 @@ class AttemptWorker:
         task = env.task
         seed = config.seed + attempt.number
         states = suites.demo_states(config.suite, task.index)
+        if not states:
+            raise UnknownName(
+                f"no placements for demonstrations are listed for {config.suite} task {task.index}",
+                expected="a task with some",
+                found="placements for evaluation alone",
+                fix="draw them: python -m geomcache.pipeline.sim.spread_draw "
+                f"--suite {config.suite} --tasks {task.index} --out FOLDER",
+            )
         init = states[(config.first_init_state + attempt.number) % len(states)]
         started = time.perf_counter()
         observed = ObservationRows(config.observe_every)

@@ -97,7 +97,7 @@ def task_spread(suite: str, index: int) -> TaskSpread:
     raise UnknownName(
         f"no placements are listed for {suite} task {index}",
         expected=f"a task that {_file(suite)} lists",
-        found="only tasks " + ", ".join(str(task.task) for task in _read(suite).tasks),
+        found="tasks " + (", ".join(str(task.task) for task in _read(suite).tasks) or "none"),
         fix=f"draw them: python -m geomcache.pipeline.sim.spread_draw --suite {suite} --tasks {index} --out FOLDER",
     )
 

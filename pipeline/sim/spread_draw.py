@@ -163,6 +163,7 @@ def draw_task(suite: str, index: int, numbers: Sequence[int], out: Path) -> None
                 demonstrations=(),
             )
             write_atomic(path, head.model_dump_json() + "\n")
+        _cut_torn_line(path)
         for number in missing:
             started = time.perf_counter()
             placement, refused = judge.draw(number)
@@ -171,6 +172,13 @@ def draw_task(suite: str, index: int, numbers: Sequence[int], out: Path) -> None
             log.info("%s task %d state %d: %s %.1f s", suite, index, number, refused, time.perf_counter() - started)
     finally:
         judge.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """What a kill cut short must not become part of the next line."""
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        write_atomic(path, content[: content.rfind(b"\n") + 1])
 
 
 def drawn(path: Path) -> dict[int, Placement]:

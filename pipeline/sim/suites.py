@@ -94,8 +94,8 @@ def demo_states(suite: str, index: int) -> range:
     """The numbers of the initial states from which demonstrations are recorded; see the module's first lines."""
     task_info(suite, index)  # so that an unknown name is told as such
     if suite in spread.BASES:
-        first = spread.EVALUATION_STATES
-        return range(first, first + len(spread.task_spread(suite, index).demonstrations))
+        first, listed = spread.EVALUATION_STATES, len(spread.task_spread(suite, index).demonstrations)
+        return range(first, first + listed)
     return _evaluation_states(suite, index)
 
 

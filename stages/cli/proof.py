@@ -1,5 +1,6 @@
 """``geomcache proof``: arms that differ in what they see, trained and evaluated on the same held-out placements."""
 
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,8 @@ def proof(
     write_config(settings.out, settings)
     _data(settings, work)
     _arms(settings, work)
-    command = " ".join(["geomcache proof --config", str(config), *(f"--set {text}" for text in sets or [])])
+    options = [part for text in sets or [] for part in ("--set", text)]
+    command = shlex.join(["geomcache", "proof", "--config", str(config), *options])
     results = _report(settings, command, as_json)
     if not results.passed:
         for line in results.gate:

@@ -125,7 +125,15 @@ def check(settings: "ProofConfig", work: Work) -> None:
                 fix=f"set arms.{arm}.cache, or its policy.geom_compression_type",
             )
         for cell in cells:
-            require_init_states(eval_config(settings, arm, settings.seeds[0], cell))
+            evaluation = eval_config(settings, arm, settings.seeds[0], cell)
+            require_init_states(evaluation)
+            if evaluation.execute_steps > policy.dit.horizon:
+                raise InputError(
+                    f"cell {cell}: execute_steps is longer than the action chunk of arm {arm}",
+                    expected=f"at most {policy.dit.horizon}",
+                    found=str(evaluation.execute_steps),
+                    fix=f"--set eval.execute_steps={policy.dit.horizon}",
+                )
 
 
 def cost_path(settings: "ProofConfig", part: str) -> Path:
@@ -176,6 +184,7 @@ def standing(settings: "ProofConfig") -> list["Trained"]:
 def trained(settings: "ProofConfig", arm: str, seed: int) -> "TrainResult | None":
     """A training's result, where it is finished and was made with these settings from the pack that lies here."""
     from geomcache.pipeline.pack.reader import PackReader
+    from geomcache.pipeline.store.reader import CachedTokens
     from geomcache.stages.train.checkpoint import latest_checkpoint, read_card
     from geomcache.stages.train.run import read_config, read_result
 
@@ -183,8 +192,12 @@ def trained(settings: "ProofConfig", arm: str, seed: int) -> "TrainResult | None
     result = read_result(config.out)
     if result is None or read_config(config.out).identity() != config.identity():
         return None
+    card = read_card(latest_checkpoint(config.out))
     with PackReader(settings.out / "pack") as pack:
-        same = read_card(latest_checkpoint(config.out)).packs == (pack.info.digest,)
+        same = card.packs == (pack.info.digest,)
+    if (cache := settings.arms[arm].cache) is not None and same:
+        with CachedTokens(settings.out / "caches" / cache) as tokens:
+            same = card.recipe is not None and not card.recipe.describe_difference(tokens.recipe)
     return result if same else None
 
 

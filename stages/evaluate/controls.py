@@ -12,6 +12,7 @@ from geomcache.cache_schemas.errors import InputError, UnknownName
 from geomcache.pipeline.config_errors import parse_config
 from geomcache.pipeline.pack.reader import PackReader
 from geomcache.stages.evaluate.config import EvalConfig
+from geomcache.stages.evaluate.corruption import Corruption
 from geomcache.stages.evaluate.live_policy import is_shown_images
 from geomcache.stages.evaluate.report.comparison import Comparison
 from geomcache.stages.evaluate.report.table import compare_folders
@@ -23,7 +24,6 @@ from geomcache.stages.train.run import read_config, read_result, run_of
 BLIND = "blind"
 CONTROLS = (BLIND,)
 _FOLDER = "controls"
-_GEOMETRY_RULERS = ("nominal_extrinsics", "depth_scale", "depth_noise_m", "shuffle_geometry")
 
 
 class ControlResult(Schema):
@@ -107,9 +107,6 @@ def control_evaluation(config: EvalConfig, control: Path) -> EvalConfig:
         config: of the run's evaluation.
         control: the control's run folder.
     """
-    corruption = config.corruption.model_copy(
-        update={name: type(config.corruption).model_fields[name].default for name in _GEOMETRY_RULERS}
-    )
     return config.model_copy(
         update={
             "run": control,
@@ -117,7 +114,7 @@ def control_evaluation(config: EvalConfig, control: Path) -> EvalConfig:
             "encoder": None,
             "encoder_config": {},
             "without_geometry": False,
-            "corruption": corruption,
+            "corruption": Corruption(shuffle_instructions=config.corruption.shuffle_instructions),
         }
     )
 

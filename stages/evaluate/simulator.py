@@ -121,7 +121,7 @@ class Simulator:
         if not self._success and self._steps < episode.horizon:
             return self._observe()
         last = self._look(env, episode)
-        if last is not None and self._video and self._video[-1] is not last.frame.images_BVHWC[0]:
+        if last is not None and self._video and not np.shares_memory(self._video[-1], last.frame.images_BVHWC):
             self._video.append(last.frame.images_BVHWC[0])  # the moment of success, between two frames
         with self._measured("physics"):
             motion, grasp = self._recorder.metrics(self._success)

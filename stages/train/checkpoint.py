@@ -190,8 +190,10 @@ def _optimizer_name(rank: int | None) -> str:
 
 def load_policy(checkpoint: Path, card: CheckpointCard, *, averaged: bool = True) -> PolicyNet:
     """The policy with the checkpoint's weights, strictly loaded: the averaged ones where there are any."""
-    for path in sorted((checkpoint / BACKBONE_NAME).iterdir()):
-        require_whole(checkpoint, str(path.relative_to(checkpoint)))
+    saved = {name for name in card.digests if name.startswith(f"{BACKBONE_NAME}/")}
+    there = {str(path.relative_to(checkpoint)) for path in (checkpoint / BACKBONE_NAME).glob("*")}
+    for name in sorted(saved | there):  # what was not saved with it is refused too: transformers would read it
+        require_whole(checkpoint, name)
     policy = PolicyNet(
         card.policy, card.recipe.spec if card.recipe else None, backbone_folder=checkpoint / BACKBONE_NAME
     )
@@ -232,7 +234,7 @@ def load_weights(policy: nn.Module, checkpoint: Path) -> None:
 def require_whole(checkpoint: Path, name: str) -> None:
     """Raise ``InputError`` unless a file's bytes are those that were saved."""
     path, expected = checkpoint / name, read_card(checkpoint).digests.get(name)
-    found = digest_file(path) if path.exists() else "no file"
+    found = digest_file(path) if path.is_file() else "no file"
     if found != expected:
         raise InputError(
             f"{path} is damaged",

@@ -87,6 +87,7 @@ def run(config: TrainConfig, progress: Progress) -> tuple[TrainResult, bool]:
             return finished, True
     trained = data.training_rows
     normaliser = Normaliser.fit(data.states()[trained], data.labels(trained), config.normalisation, config.gripper)
+    _require_same_statistics(config, normaliser)
     policy = build_policy(config, data, _standing_backbone(config))
     card = CheckpointCard(
         step=0,
@@ -262,6 +263,18 @@ def _require_same_data(config: TrainConfig, data: TrainingData) -> None:
             expected="the same packs and caches, to continue it",
             found="; ".join(differences),
             fix="choose another --out",
+        )
+
+
+def _require_same_statistics(config: TrainConfig, normaliser: Normaliser) -> None:
+    """Another geomcache may count another set of actions; a run's target must not change half way."""
+    found = checkpoints_of(config.out)
+    if found and (differences := read_card(found[-1]).normaliser.describe_difference(normaliser)):
+        raise InputError(
+            f"{config.out} was trained with other statistics of states and actions",
+            expected="the same statistics, to continue it",
+            found="; ".join(differences[:2]),
+            fix="choose another --out, or continue it with the geomcache that began it",
         )
 
 

@@ -164,4 +164,6 @@ def _kind(run: Path, card: CheckpointCard) -> PolicyKind:
     if config is None:
         return PolicyKind(card.policy.compressor, encoder, None, sees_images=is_shown_images(card))
     rest = config.model_dump(mode="json", exclude={"seed", "out"})
+    rest["policy"].pop("seed")  # initial weights: training seeds, as geomcache proof sets them
+    rest["policy"]["backbone"]["config"].pop("seed", None)
     return PolicyKind(card.policy.compressor, encoder, config.seed, digest_json(rest), is_shown_images(card))

@@ -164,7 +164,8 @@ def make_results(
             sides.setdefault(f"{one.arm}/{cell}", {})[one.seed] = evaluation
     possible = [(a, b) for a, b in comparisons if sides.get(a, {}).keys() & sides.get(b, {}).keys()]
     paired = [_paired(a, b, sides[a], sides[b]) for a, b in possible]
-    corrected = holm([each.p for each in paired])
+    unknown = [1.0] * (len(comparisons) - len(paired))  # corrected for all that were named, not for those that stand
+    corrected = holm([each.p for each in paired] + unknown)[: len(paired)]
     evaluations = [evaluation for one in trained for evaluation in one.evaluations.values()]
     return ProofResults(
         geomcache_version=geomcache.__version__,

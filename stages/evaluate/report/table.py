@@ -145,7 +145,7 @@ def _difference(found: Comparison | None) -> list[str]:
 
 def _place(evaluation: Evaluation) -> int:
     compressor = evaluation.policy.compressor if evaluation.policy else ""
-    if evaluation.policy is not None and not evaluation.policy.sees_images:
+    if evaluation.policy is not None and not evaluation.policy.sees_images and evaluation.policy.encoder is None:
         return -1  # what sees nothing stands before all that does
     return PLAN.index(compressor) if compressor in PLAN else len(PLAN)
 
