@@ -98,7 +98,8 @@ def task_spread(suite: str, index: int) -> TaskSpread:
         f"no placements are listed for {suite} task {index}",
         expected=f"a task that {_file(suite)} lists",
         found="tasks " + (", ".join(str(task.task) for task in _read(suite).tasks) or "none"),
-        fix=f"draw them: python -m geomcache.pipeline.sim.spread_draw --suite {suite} --tasks {index} --out FOLDER",
+        fix=f"choose one of these; in a clone, draw them: python -m geomcache.pipeline.sim.spread_draw --suite {suite} "
+        f"--tasks {index} --out FOLDER, then the same with --join (docs/spread.md)",
     )
 
 

@@ -83,11 +83,16 @@ def task_info(suite: str, index: int) -> TaskInfo:
 
 
 @functools.cache
+def instructions(suite: str) -> tuple[str, ...]:
+    """Of every task of ``suite``, in order; no placements are looked for."""
+    benchmark = _benchmark(suite)
+    return tuple(str(benchmark.get_task(i).language) for i in range(benchmark.n_tasks))
+
+
+@functools.cache
 def all_instructions() -> tuple[str, ...]:
     """Of every task of every suite, each once."""
-    return tuple(
-        sorted({str(b.get_task(i).language) for b in map(_benchmark, PUBLIC_SUITES) for i in range(b.n_tasks)})
-    )
+    return tuple(sorted({each for suite in PUBLIC_SUITES for each in instructions(suite)}))
 
 
 def demo_states(suite: str, index: int) -> range:

@@ -45,7 +45,7 @@ def proof(
     """
     from geomcache.configs.load import load_config
     from geomcache.configs.schema import ProofConfig
-    from geomcache.pipeline.files import write_config
+    from geomcache.pipeline.files import locked_folder, write_config
 
     settings = load_config(ProofConfig, config, sets or [], {"out": out})
     work = proof_plan.chosen(settings, arms)
@@ -53,9 +53,14 @@ def proof(
     if dry_run:
         _show_plan(settings, work, as_json)
         return
-    write_config(settings.out, settings)
-    _data(settings, work)
-    _arms(settings, work)
+    from geomcache.stages.evaluate.run import stopped_like_ctrl_c
+
+    with locked_folder(settings.out):
+        write_config(settings.out, settings)
+        with stopped_like_ctrl_c():
+            _data(settings, work)
+        with stopped_like_ctrl_c():  # again: Ray, which the first part may have used, leaves handlers of its own
+            _arms(settings, work)
     options = [part for text in sets or [] for part in ("--set", text)]
     command = shlex.join(["geomcache", "proof", "--config", str(config), *options])
     results = _report(settings, command, as_json)

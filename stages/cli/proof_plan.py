@@ -20,7 +20,8 @@ ALL = "all"
 Work = Mapping[str, Sequence[str]]  # arm -> cells in which it is evaluated
 
 # For estimates: seconds on one free core of a server CPU of 2023, at the sizes of configs/tiny/proof.yaml.
-_DEMO, _ROW, _STEP, _GEOMETRY_STEP, _EPISODE = 13.0, 0.03, 0.5, 0.6, 13.0
+_DEMO, _ROW, _EPISODE = 8.0, 0.005, 12.0
+_STEP, _GEOMETRY_STEP, _BLIND_STEP = 0.3, 0.37, 0.18
 _ROWS_PER_DEMO = 180.0  # control steps; fewer rows where not every step is observed
 
 
@@ -236,7 +237,8 @@ def dry_run(settings: "ProofConfig", work: Work) -> list[Line]:
     for arm, cells in work.items():
         for seed in settings.seeds:
             config = train_config(settings, arm, seed)
-            step = _GEOMETRY_STEP if settings.arms[arm].cache else _STEP
+            blind = config.policy.backbone.config.get("images") == "none"
+            step = _GEOMETRY_STEP if settings.arms[arm].cache else _BLIND_STEP if blind else _STEP
             others = [known[part].wall_seconds for part in known if part.startswith(f"train/{arm}/")]
             seconds = max(others) if others else step * config.steps
             done = _pack_stands(settings) and trained(settings, arm, seed) is not None

@@ -94,7 +94,7 @@ def run(config: EvalConfig, progress: Progress) -> tuple[EvalResults, bool]:
             write_config(config.out, config)
             journal.begin()
             try:
-                with _stopped_like_ctrl_c():
+                with stopped_like_ctrl_c():
                     _play(config, plan, card, crew, missing, journal, progress, len(wanted))
             finally:
                 results = journal.write_results(finished=len(journal.done) == len(wanted))
@@ -107,7 +107,7 @@ def _episodes(config: EvalConfig, cameras: tuple[str, ...]) -> dict[EpisodeKey, 
     found = {}
     for suite, task in _tasks(config):
         info, horizon = suites.task_info(suite, task), config.horizon or suites.horizon(suite)
-        told = _instructions(suite) if config.corruption.shuffle_instructions else []
+        told = list(suites.instructions(suite)) if config.corruption.shuffle_instructions else []
         for seed in config.seeds:
             for i in range(config.first_init_state, config.first_init_state + config.episodes):
                 drawn = draw(
@@ -122,10 +122,6 @@ def _episodes(config: EvalConfig, cameras: tuple[str, ...]) -> dict[EpisodeKey, 
                 first = seed == config.seeds[0] and i == config.first_init_state
                 found[suite, task, i, seed] = Episode(suite, task, i, seed, horizon, video=first, drawn=drawn)
     return found
-
-
-def _instructions(suite: str) -> list[str]:
-    return [suites.task_info(suite, task).instruction for task in range(suites.task_count(suite))]
 
 
 def _tasks(config: EvalConfig) -> Iterator[tuple[str, int]]:
@@ -214,7 +210,7 @@ def _crew(config: EvalConfig, plan: _Plan) -> Iterator[Crew]:
 
 
 @contextmanager
-def _stopped_like_ctrl_c() -> Iterator[None]:
+def stopped_like_ctrl_c() -> Iterator[None]:
     """What a scheduler sends before it takes the machine ends the evaluation as Ctrl-C does; Ray has handlers too."""
     if threading.current_thread() is not threading.main_thread():
         yield

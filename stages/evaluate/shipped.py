@@ -90,6 +90,16 @@ def with_defaults(config: EvalConfig) -> EvalConfig:
     return config.model_copy(update={"suites": found, "tasks": tasks, "execute_steps": steps})
 
 
+def _changes(config: EvalConfig, suite: str) -> list[str]:
+    """How the protocol differed from the plain one."""
+    found = ["geometry masked"] if config.without_geometry else []
+    if config.horizon not in (None, suites.horizon(suite)):
+        found.append(f"{config.horizon} control steps instead of {suites.horizon(suite)}")
+    if config.settle_steps != EvalConfig.model_fields["settle_steps"].default:
+        found.append(f"{config.settle_steps} settling steps")
+    return found + config.describe_changes()
+
+
 def measured(folder: Path) -> list[Measured]:
     """What an evaluation found, a record for every suite.
 
@@ -124,7 +134,7 @@ def measured(folder: Path) -> list[Measured]:
                 init_states=(min(states), max(states)),
                 seeds=tuple(sorted({episode.seed for episode in own})),
                 execute_steps=config.execute_steps,
-                changes=(*(["geometry masked"] if config.without_geometry else []), *config.describe_changes()),
+                changes=tuple(_changes(config, suite.suite)),
                 episodes=suite.episodes,
                 successes=suite.successes,
                 low=suite.low,

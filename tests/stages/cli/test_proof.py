@@ -114,7 +114,7 @@ def test_arms_are_the_core_those_named_or_all() -> None:
     settings = load_config(ProofConfig, "tiny/proof", [], {})
     core = proof_plan.chosen(settings, None)
     assert tuple(core) == settings.core
-    assert core["qformer"] == ["random", "orbit"]  # rulers wait until they are asked for
+    assert core["qformer"] == ["random"]  # the orbit and the rulers wait until they are asked for
     assert core["blind"] == ["random"]  # a turned camera is nothing to a policy that sees nothing
     assert tuple(proof_plan.chosen(settings, "all")) == tuple(settings.arms)
     asked = proof_plan.chosen(settings, "qformer,none")
@@ -138,8 +138,10 @@ def _wins(states: set[int]) -> Callable[[EpisodeKey], bool]:
     return lambda key: key[2] in states
 
 
-def _trained(folder: Path, arm: str, seed: int, cells: dict[str, set[int]], cpu: float) -> Trained:
-    """``cells``: which of STATES succeed."""
+def _trained(
+    folder: Path, arm: str, seed: int, cells: dict[str, set[int]], cpu: float = 1.0, seeds: tuple[int, ...] = (7,)
+) -> Trained:
+    """``cells``: which of STATES succeed; ``seeds``: of evaluation."""
     result = TrainResult(
         run="r", checkpoint="c", steps=10, rows=5, parameters=2_000_000, trainable_parameters=2_000_000,
         open_loop_error=0.1 + 0.1 * seed, mean_action_error=0.4, open_loop_rows=8,
@@ -147,7 +149,7 @@ def _trained(folder: Path, arm: str, seed: int, cells: dict[str, set[int]], cpu:
     evaluations = {}
     for cell, wins in cells.items():
         path = folder / arm / str(seed) / cell
-        write_folder(path, keys(tasks=(0,), states=STATES), _wins(wins))
+        write_folder(path, keys(tasks=(0,), states=STATES, seeds=seeds), _wins(wins), seeds=seeds)
         evaluations[cell] = open_evaluation(path, f"{arm}/{cell}")
     return Trained(arm, "none", seed, result, Cost(cpu_seconds=cpu), evaluations)
 
@@ -193,6 +195,21 @@ def test_pairs_of_all_training_seeds_are_counted_together_and_seeds_stay_beside_
         "libero_object, tasks 0, initial states 0 to 9, seeds 7",
     ):
         assert said in page, page
+
+
+def test_seeds_of_one_placement_are_drawn_together(tmp_path: Path) -> None:
+    """b wins in the same 5 of 10 states with every seed, none nowhere: the mean of states is binomial(10, 1/2) / 10.
+
+    Its 2.5 % and 97.5 % quantiles are 2 and 8 (1.1 % lie below 2, 5.5 % below 3). Seeds drawn apart would give 0.35.
+    """
+    seeds = (7, 8)  # of evaluation; with 3 of training each state has 6 pairs
+    trained = [_trained(tmp_path, "none", seed, {"random": set()}, seeds=seeds) for seed in range(3)]
+    trained += [_trained(tmp_path, "b", seed, {"random": set(range(5))}, seeds=seeds) for seed in range(3)]
+    (found,) = make_results(trained, [("none/random", "b/random")], [], {}).comparisons
+    assert (found.pairs.count, found.difference) == (60, pytest.approx(0.5))
+    assert (found.low, found.high) == (pytest.approx(0.2), pytest.approx(0.8))
+    (turned,) = make_results(trained, [("b/random", "none/random")], [], {}).comparisons
+    assert (turned.low, turned.difference, turned.high) == pytest.approx((-0.8, -0.5, -0.2))
 
 
 def test_a_cell_of_some_arms_leaves_the_others_blank_and_can_be_compared_with_another_cell(tmp_path: Path) -> None:
