@@ -197,6 +197,8 @@ def trained(settings: "ProofConfig", arm: str, seed: int) -> "TrainResult | None
     with PackReader(settings.out / "pack") as pack:
         same = card.packs == (pack.info.digest,)
     if (cache := settings.arms[arm].cache) is not None and same:
+        if not _cache_stands(settings, cache):
+            return None
         with CachedTokens(settings.out / "caches" / cache) as tokens:
             same = card.recipe is not None and not card.recipe.describe_difference(tokens.recipe)
     return result if same else None

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from geomcache.cache_schemas.errors import InputError, UnknownName
 from geomcache.pipeline.frames import FrameBatch, Observation
+from geomcache.pipeline.pack.reader import PackReader
+from geomcache.pipeline.store.reader import CachedTokens
 from geomcache.stages.cli.app import app
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.evaluate.controls import blind_training, control_evaluation, is_trained, judge
-from geomcache.stages.evaluate.corruption import Corruption
+from geomcache.stages.evaluate.corruption import CorruptedObservation, Corruption
 from geomcache.stages.evaluate.live_policy import LivePolicy, is_shown_images
 from geomcache.stages.evaluate.report.inputs import open_evaluation
 from geomcache.stages.train.checkpoint import read_card, weights_digest
@@ -77,6 +80,18 @@ def test_the_control_is_blind(run: Path) -> None:
     first, other, moved = (policy.act([seen(state)], [5]) for state in (0.0, 0.0, 0.5))
     np.testing.assert_array_equal(first, other)
     assert np.abs(first - moved)[..., :6].max() > 1e-4
+
+
+def test_a_ruler_reaches_the_tokens_and_leaves_the_images(run: Path) -> None:
+    """The encoder is given row 11's frame in place of row 3's; what its tokens are, the cache says."""
+    data, policy = read_config(run).data[0], LivePolicy(run, "cpu")
+    with PackReader(data.pack) as pack:
+        true, false = (pack.frames([row]) for row in (3, 11))
+    plain = Observation(true, np.zeros(8, np.float32), "pick up the soup")
+    ruled = policy.prepare([CorruptedObservation(plain.frame, plain.state_S, plain.instruction, false), plain])
+    with CachedTokens(Path(str(data.cache))) as cache:
+        torch.testing.assert_close(ruled.tokens_BVGD, cache.tokens([11, 3]))
+    assert torch.equal(ruled.pixel_values, policy.prepare([plain, plain]).pixel_values)
 
 
 def test_what_has_no_control_is_refused_before_anything_is_played(run: Path, tmp_path: Path) -> None:

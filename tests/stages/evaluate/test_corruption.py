@@ -1,6 +1,7 @@
 """Rulers: keyed draws, what exactly is changed and what never is, and where they are refused."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from geomcache.stages.evaluate.corruption import (
     encoder_frame,
     require_effect,
 )
+from geomcache.stages.evaluate.run import _episodes
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 KEY: EpisodeKey = ("libero_object", 3, 4, 7)
@@ -55,6 +57,19 @@ def test_orbits_fill_their_range_and_belong_to_the_episode() -> None:
     assert draw_orbit(keys[7], 20.0) == pytest.approx(2 * angles[7])  # a wider orbit: the same side, further
     assert draw_orbit(keys[7], 0.0) == 0.0
     assert draw_orbit((*keys[7][:3], 8), 10.0) != angles[7]
+
+
+def test_every_episode_of_an_evaluation_is_drawn_by_its_own_key() -> None:
+    config = EvalConfig(
+        run=Path("r"), out=Path("o"), tasks=(0, 3), episodes=3, first_init_state=2, seeds=(7, 8), camera_orbit=10.0
+    )
+    found = _episodes(config, CAMERAS)
+    assert sorted(found) == [("libero_object", task, state, seed) for task in (0, 3) for state in (2, 3, 4)
+                             for seed in (7, 8)]  # fmt: skip
+    for key, episode in found.items():
+        assert (episode.suite, episode.task, episode.init_state, episode.seed) == key
+        assert episode.drawn.camera_orbit == draw_orbit(key, 10.0)
+    assert len({episode.drawn.camera_orbit for episode in found.values()}) == 12
 
 
 def test_nobody_is_shuffled_onto_himself() -> None:

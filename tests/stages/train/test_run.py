@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from geomcache.cache_schemas.errors import ConfigError, InputError, SchemaTooNew, TrainingFailed
 from geomcache.cache_schemas.fingerprint import digest_file
 from geomcache.pipeline.files import locked_folder
+from geomcache.stages.train.augment import Augmentation
+from geomcache.stages.train.batch import PolicyBatch
 from geomcache.stages.train.checkpoint import checkpoints_of, latest_checkpoint, load_policy, read_card
 from geomcache.stages.train.config import DataPair, LearningRates, TrainConfig
 from geomcache.stages.train.data import BatchMaker, TrainingData
@@ -23,7 +26,8 @@ from geomcache.stages.train.normalise import Normaliser
 from geomcache.stages.train.optim import learning_rate
 from geomcache.stages.train.policy import PolicyConfig
 from geomcache.stages.train.run import build_policy, main, run
-from tests.conftest import nothing
+from tests.conftest import build_pack_at, nothing
+from tests.thinned_files import thinned
 
 STEPS = 6
 
@@ -158,6 +162,46 @@ def test_ranks_train_on_the_two_halves_of_each_batch(config: TrainConfig) -> Non
     whole = BatchMaker(data, policy.backbone.packer, normaliser, config)[1]
     for name in ("actions_BTA", "proprio_BP", "pixel_values"):
         assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
+
+
+def test_training_images_are_augmented_by_their_place_in_the_step_and_measured_ones_never(config: TrainConfig) -> None:
+    """Two ranks with two parts of a step each against the whole step, augmented at once."""
+    augment = Augmentation(shift=2, brightness=0.3)
+    config = config.model_copy(
+        update={"augment": augment, "seed": 5, "batch_size": 2, "processes": 2, "gradient_accumulation_steps": 2}
+    )
+    data = TrainingData(config)
+    normaliser = Normaliser.fit(data.states(), data.labels(np.arange(len(data))))
+    packer = build_policy(config, data).backbone.packer
+    makers = [BatchMaker(data, packer, normaliser, config, rank=rank) for rank in (0, 1)]
+    rows = makers[0].rows(1)
+    images = data.packs[0].images(rows.tolist())
+    for part in (0, 1):
+        for rank in (0, 1):
+            first = 4 * part + 2 * rank
+            wanted = augment.apply(images, seed=5, step=1, first=0)[first : first + 2]
+            trained, measured = makers[rank][2 + part], makers[rank].batch(rows[first : first + 2])
+            assert isinstance(trained, PolicyBatch)
+            assert torch.equal(trained.pixel_values, packer(wanted, ["x"] * 2)["pixel_values"])
+            assert torch.equal(measured.pixel_values, packer(images[first : first + 2], ["x"] * 2)["pixel_values"])
+            assert not torch.equal(trained.pixel_values, measured.pixel_values)
+
+
+def test_statistics_of_thinned_demonstrations_are_those_of_every_control_step(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    path = thinned(tmp_path / "task_demo.hdf5", 4)
+    policy = config.policy.model_copy(update={"geom_compression_type": "none"})
+    data = (DataPair(pack=build_pack_at(path, tmp_path / "pack")),)
+    run(config.model_copy(update={"data": data, "policy": policy, "steps": 1}), nothing)
+    with h5py.File(path) as file:
+        actions = file["data/demo_0/actions"][1:].astype(np.float32)  # row 0 is what was seen after action 0
+    found = read_card(latest_checkpoint(config.out)).normaliser.action
+    low, high = (np.array(found.offset) + sign * np.array(found.scale) for sign in (-1, 1))
+    np.testing.assert_allclose(low[:6], actions.min(axis=0)[:6], rtol=1e-6)
+    np.testing.assert_allclose(high[:6], actions.max(axis=0)[:6], rtol=1e-6)
+    observed = actions[::4]
+    assert not np.allclose(low[:6], observed.min(axis=0)[:6])
 
 
 def test_statistics_are_those_of_the_rows_that_are_trained_on(config: TrainConfig) -> None:
