@@ -278,6 +278,7 @@ def saves_when_asked(progress):
     return False
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     chain.side_by_side([[("a", saves_when_asked)]], 1, 1)
 """
 
