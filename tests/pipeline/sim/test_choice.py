@@ -44,7 +44,8 @@ def test_a_scene_with_another_task_is_what_liberos_parser_reads(tmp_path: Path) 
 
 def test_every_layout_is_met_under_each_of_its_six_instructions_and_under_no_other() -> None:
     """So neither the objects nor their places say which one is wanted."""
-    bddl, layouts = texts(), set()
+    bddl = texts()
+    layouts: set[bytes] = set()
     for first, last in ((0, 24), (24, 66)):  # evaluation, and the demonstrations of configs/tiny/language.yaml
         met: dict[bytes, list[int]] = defaultdict(list)
         for task in range(10):
