@@ -143,9 +143,7 @@ def instructions_at(suite: str, index: int, i: int) -> list[str]:
         return list(instructions(suite))
     scene, _ = _scene(suite, index, i)
     objects = choice.objects_of(_bddl(suite, scene))
-    return [
-        told for other, told in enumerate(instructions(suite)) if choice.target_of(_bddl(suite, other)) in objects
-    ]
+    return [told for other, told in enumerate(instructions(suite)) if choice.target_of(_bddl(suite, other)) in objects]
 
 
 @functools.cache
