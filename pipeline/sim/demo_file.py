@@ -73,7 +73,7 @@ class Config(Schema):
             if content[name] == type(self).model_fields[name].default:
                 del content[name]
         if task.suite in spread.BASES:  # a list that is drawn again gives other demonstrations
-            content["placements"] = digest_json(spread.task_spread(task.suite, task.index).model_dump(mode="json"))
+            content["placements"] = spread.digest_for(task.suite, task.index)
         return digest_json(content | {"task": task.name, "recorder_version": RECORDER_VERSION})
 
 
@@ -122,6 +122,7 @@ class Demo:
             "noise": config.noise,
             **({} if config.perturb is None else {"perturb": config.perturb.model_dump_json()}),
             **_thinning(config),
+            **({} if env.scene_bddl is None else {"bddl_file_content": env.scene_bddl}),
             "recorded_by": RECORDED_BY,
         }
 

@@ -29,7 +29,7 @@ from geomcache.cache_schemas.errors import InputError, UnknownName
 from geomcache.pipeline.camera_geometry import axis_angle, inverse_pose, metric_depth, pose
 from geomcache.pipeline.frames import FrameBatch, Observation
 from geomcache.pipeline.orientation import to_upright
-from geomcache.pipeline.sim import suites
+from geomcache.pipeline.sim import choice, suites
 from geomcache.pipeline.sim.camera_orbit import turn_agentview
 from geomcache.pipeline.sim.observed_moment import ObservedMoment
 from geomcache.pipeline.sim.scene_reset import callers_random_state, reset_inner
@@ -103,6 +103,7 @@ class LiberoEnv:
             has_depth=depth,
         )
         self._env: Any = None
+        self._scene_bddl: str | None = None
         self._moment: ObservedMoment | None = None
         self._process = -1
         self._is_reset = False
@@ -124,6 +125,11 @@ class LiberoEnv:
         return self._task.instruction
 
     @property
+    def scene_bddl(self) -> str | None:
+        """BDDL text of this episode's scene where it is not the task's own file (libero_object_choice)."""
+        return self._scene_bddl
+
+    @property
     def horizon(self) -> int:
         """The most control steps of an evaluation episode, settling not counted."""
         return suites.horizon(self._task.suite)
@@ -141,7 +147,7 @@ class LiberoEnv:
 
         Args:
             seed: of the fixtures' placement; the caller's numpy generator is left as it was.
-            init_state: the number of an initial state of the suite, or a flat state [1 + nq + nv].
+            init_state: the number of an initial state of the suite, or a flat state [1 + nq + nv] of the task's scene.
             settle_steps: how many SETTLE_ACTIONs to execute.
             agentview_orbit: degrees by which the agent-view camera is turned about the workspace (camera_orbit.py) in
                 this episode; pictures, depth and matrices agree. The wrist camera is untouched.
@@ -150,10 +156,11 @@ class LiberoEnv:
         """
         if isinstance(init_state, (int, np.integer)):
             state = suites.init_state(self._task.suite, self._task.index, int(init_state))
+            scene = suites.scene_bddl(self._task.suite, self._task.index, int(init_state))
         else:
-            state = np.asarray(init_state, dtype=np.float64)
+            state, scene = np.asarray(init_state, dtype=np.float64), None
         with callers_random_state():
-            env = self._made()
+            env = self._made(scene)
             assert self._moment is not None
             numbers = env.get_sim_state().size
             if state.shape != (numbers,):
@@ -317,16 +324,19 @@ class LiberoEnv:
         assert self._process == os.getpid(), "a simulator cannot be used after a fork; make it in the child"
         return self._env
 
-    def _made(self) -> Any:
+    def _made(self, scene_bddl: str | None) -> Any:
+        """The environment of a scene; another one's is closed. LIBERO reads the file while it is made only."""
         if self._env is not None:
             assert self._process == os.getpid(), "a simulator cannot be used after a fork; make it in the child"
-            return self._env
-        with missing_part_named(), quiet_simulator():
+            if self._scene_bddl == scene_bddl:
+                return self._env
+            self.close()
+        with missing_part_named(), quiet_simulator(), choice.bddl_file(self._task.bddl_path, scene_bddl) as path:
             from libero.libero.envs.env_wrapper import ControlEnv
 
             try:
                 env = ControlEnv(
-                    bddl_file_name=str(self._task.bddl_path),
+                    bddl_file_name=str(path),
                     use_camera_obs=False,
                     has_offscreen_renderer=True,
                     ignore_done=True,
@@ -346,6 +356,7 @@ class LiberoEnv:
             env.close()
             raise
         self._env, self._moment, self._process, self._is_nominal = env, ObservedMoment(env.env), os.getpid(), False
+        self._scene_bddl = scene_bddl
         if not _open_environments:
             # Registered after robosuite's own exit hook and so run before it: freeing later is an EGLError.
             atexit.unregister(_close_all)

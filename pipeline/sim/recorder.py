@@ -6,7 +6,8 @@ depth) under the same name, and these of our own:
     data                attrs: suite, instruction, recorded_by, recorder_config, recorder_digest, cap_index,
                         camera_names; observe_every, if not 1
     data/demo_i         attrs: depth_near, depth_far [m], robot_base_pose [16], seed, init_state_index, noise;
-                        observe_every, if not 1; perturb (JSON), if there were pushes
+                        observe_every, if not 1; perturb (JSON), if there were pushes; bddl_file_content, if the
+                        scene is not that of the file's own (libero_object_choice)
                         actions_executed [T, 7] f64, if noise or pushes were executed
                         perturbed [T] u8, if there were pushes: the executed action carried one
     data/demo_i/obs     <cam>_intrinsics [T, 3, 3] f64 pixels, for the upright image

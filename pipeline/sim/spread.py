@@ -1,8 +1,8 @@
 """Suites with spread: LIBERO's own scenes with objects at other places, listed in files that are shipped.
 
 A placement is one of the task's 50 shipped initial states with x and y of some objects shifted in the flat state:
-``[shipped state, dx, dy of the first group, dx, dy of the second, ...]`` in tenths of a millimetre. Numbers 0 to 49 are
-for evaluation, those from 50 on for demonstrations. How they were drawn and checked: docs/spread.md.
+``[shipped state, dx, dy of the first group, dx, dy of the second, ...]`` in tenths of a millimetre. The first numbers
+are for evaluation, the others for demonstrations. How they were drawn and checked: docs/spread.md.
 
 Non-obvious:
 - On most shipped states of libero_object the target stands at one place (0.0 cm of spread in six of ten tasks), so a
@@ -20,17 +20,24 @@ from numpy.typing import NDArray
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError, SourceDamaged, UnknownName
 from geomcache.cache_schemas.fingerprint import digest_json
+from geomcache.pipeline.sim import choice
 
 # Suite with spread -> the public suite whose scenes and instructions it has.
-BASES = {"libero_object_spread": "libero_object", "libero_spatial_spread": "libero_spatial"}
+BASES = {
+    "libero_object_spread": "libero_object",
+    "libero_spatial_spread": "libero_spatial",
+    choice.SUITE: "libero_object",  # lists scenes instead of tasks
+}
 # Of the content of placements/<suite>.json; another list is another suite.
 DIGESTS = {
     "libero_object_spread": "d100e24e7f225eb599c4c7defaf169d45e77684bb10b8d2db358919e2d7b69b2",
+    choice.SUITE: "3402403330bae9f6e207d7b1eb460b853a8a33800a1d4fd92628062af76cb3ae",
     "libero_spatial_spread": "dc702e04759edbad403154eb882c043b2389e4bb04c0d452d2343711b85df2c2",
 }
 VERSION = 1
 UNITS_PER_METRE = 10_000
-EVALUATION_STATES = 50
+# Placements for evaluation that a task (of the choice suite: a scene) has.
+EVALUATION_STATES = {"libero_object_spread": 50, "libero_spatial_spread": 50, choice.SUITE: 4}
 
 Placement = tuple[int, ...]
 
@@ -47,9 +54,9 @@ class Move(Schema):
 
 
 class TaskSpread(Schema):
-    """The placements of one task."""
+    """The placements of one task, or of one scene of the choice suite."""
 
-    task: int
+    task: int  # whose shipped states and scene they are made from
     name: str  # LIBERO's name of the task
     moves: tuple[Move, ...]
     moves_apart: int  # least distance of centres between objects of different moves, tenths of a millimetre
@@ -57,10 +64,8 @@ class TaskSpread(Schema):
     demonstrations: tuple[Placement, ...]
 
     def placement(self, number: int) -> Placement:
-        """Of a state that evaluation (from 0) or demonstrations (from 50) use."""
-        if number < EVALUATION_STATES:
-            return self.evaluation[number]
-        return self.demonstrations[number - EVALUATION_STATES]
+        """Of a state that evaluation (the first numbers) or demonstrations (the others) use."""
+        return (*self.evaluation, *self.demonstrations)[number]
 
     def state(self, number: int, shipped_ND: NDArray[np.float64]) -> NDArray[np.float64]:
         """Flat state [D] of a placement, from the task's shipped states [N, D]."""
@@ -101,6 +106,13 @@ def task_spread(suite: str, index: int) -> TaskSpread:
         fix=f"choose one of these; in a clone, draw them: python -m geomcache.pipeline.sim.spread_draw --suite {suite} "
         f"--tasks {index} --out FOLDER, then the same with --join (docs/spread.md)",
     )
+
+
+def digest_for(suite: str, index: int) -> str:
+    """SHA-256 of the placements of a task; in the choice suite, whose tasks are in several scenes, of all."""
+    if suite == choice.SUITE:
+        return DIGESTS[suite]
+    return digest_json(task_spread(suite, index).model_dump(mode="json"))
 
 
 @functools.cache

@@ -6,6 +6,8 @@ scripted expert solves.
 Non-obvious:
 - A sentence that says where the object is ("between the plate and the ramekin") must stay true. So what it relates
   moves as one, and what rests on a fixture moves only as far as it stays on it.
+- In the choice suite a scene's objects are dealt out to the places where they are shipped, any object to any place, and
+  then shifted by a little; heights and turns are each object's own, for all stand on one floor.
 - A candidate is decided by (suite, task, number, how many were refused before it) alone, so any part of a list can be
   drawn by itself, in any order.
 """
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.pipeline.sim import choice
 from geomcache.pipeline.sim.spread import UNITS_PER_METRE, Move, Placement
 
 BOWL, OTHER_BOWL = "akita_black_bowl_1", "akita_black_bowl_2"
@@ -109,13 +112,23 @@ IN_WORDS = {
         "as the shipped state does (within 5 mm and 5 degrees, with the fixtures of five seeds), or when the scripted "
         "expert does not solve it within the horizon"
     ),
+    choice.SUITE: (
+        "by scene: one of the 50 shipped states, uniformly; the six objects dealt out to their six places, any order "
+        "alike, then each and the basket shifted by up to 2 cm in x and y, uniformly; refused when centres are nearer "
+        "than 10 cm, when the scene does not settle as it was placed (within 5 mm and 5 degrees), or, for evaluation, "
+        "when the scripted expert does not solve it within the horizon for each of the six objects"
+    ),
 }
 
 
-def task_rules(suite: str, index: int, target: str) -> TaskRules:
-    """What moves in a task whose object to pick up is ``target``."""
+def task_rules(suite: str, index: int, target: str, objects: Sequence[str]) -> TaskRules:
+    """What moves in a task whose object to pick up is ``target``, in a scene of ``objects``."""
     if suite == "libero_spatial_spread":
         return TaskRules(_SPATIAL[index], _SPATIAL_APART)
+    if suite == choice.SUITE:
+        shift = (-2.0, 2.0)
+        why = {name: "the goal" if name == BASKET else "beside another of the six places" for name in objects}
+        return TaskRules(tuple(Rule((name,), shift, shift, 10.0, why[name]) for name in objects), 10.0)
     assert suite == "libero_object_spread", suite
     return TaskRules(
         (
@@ -153,9 +166,23 @@ def candidates(
     while True:
         base = int(generator.integers(len(shipped_ND)))
         shifts_M2 = generator.integers(low_M2, high_M2, endpoint=True)
+        if suite == choice.SUITE:
+            shifts_M2 += _dealt_out(moves, shipped_ND[base], generator)
         placement = (base, *(int(shift) for shift in shifts_M2.ravel()))
         if keeps_distances(placement, moves, moves_apart, shipped_ND, columns):
             yield placement
+
+
+def _dealt_out(
+    moves: Sequence[Move], state_D: NDArray[np.float64], generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Shifts [M, 2] that take every object but the basket to the place of another one, or of itself."""
+    own_M2 = np.array([state_D[move.columns[0] : move.columns[0] + 2] for move in moves])
+    order_M = np.arange(len(moves))
+    dealt = [number for number, move in enumerate(moves) if move.objects != (BASKET,)]
+    order_M[dealt] = generator.permutation(dealt)
+    shifts_M2: NDArray[np.float64] = np.rint((own_M2[order_M] - own_M2) * UNITS_PER_METRE)
+    return shifts_M2.astype(np.int64)
 
 
 def keeps_distances(

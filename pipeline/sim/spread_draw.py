@@ -12,7 +12,10 @@ A candidate is kept when
   nothing collided, fell or tipped; a bowl that tips in the shipped state (libero_spatial task 5) still may. Where the
   scene has fixtures this must hold for the fixtures of five seeds.
 - the scripted expert solves it without noise: LIBERO's predicate holds while the gripper is told to open, within the
-  suite's horizon.
+  suite's horizon. In the choice suite it must do so for each of the six objects, and that is asked of evaluation
+  states alone: the recorder keeps only what was solved anyway.
+
+For the choice suite a "task" is a scene, and a state a layout of it.
 """
 
 import argparse
@@ -29,15 +32,15 @@ from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import InputError
 from geomcache.pipeline.files import write_atomic
-from geomcache.pipeline.sim import scene_geometry, spread, spread_distribution, suites
+from geomcache.pipeline.sim import choice, scene_geometry, spread, spread_distribution, suites
 from geomcache.pipeline.sim.expert import ScriptedExpert, read_goal
 from geomcache.pipeline.sim.libero_env import LiberoEnv
-from geomcache.pipeline.sim.spread import EVALUATION_STATES, Move, Placement, SpreadList, TaskSpread
+from geomcache.pipeline.sim.spread import Move, Placement, SpreadList, TaskSpread
 from geomcache.pipeline.sim.spread_distribution import TaskRules, units
 
 log = logging.getLogger(__name__)
 
-DEMONSTRATIONS = {"libero_object_spread": 150, "libero_spatial_spread": 50}
+DEMONSTRATIONS = {"libero_object_spread": 150, "libero_spatial_spread": 50, choice.SUITE: 20}
 _MOST_MOVED = 0.005  # metres from where the shipped state's object would stand
 _LEAST_COSINE = np.cos(np.deg2rad(5.0))  # of the angle between the two vertical axes
 _FIXTURE_SEEDS = 4  # more seeds under which a scene with fixtures must settle
@@ -69,7 +72,8 @@ class PlacementJudge:
         self.shipped_ND = np.stack(
             [suites.init_state(base, index, i) for i in range(suites.task_info(base, index).n_init_states)]
         )
-        rules: TaskRules = spread_distribution.task_rules(suite, index, read_goal(self._env).object_name)
+        self._target = read_goal(self._env).object_name
+        rules: TaskRules = spread_distribution.task_rules(suite, index, self._target, self.names)
         self.moves = tuple(
             Move(
                 objects=rule.objects,
@@ -82,6 +86,7 @@ class PlacementJudge:
             for rule in rules.rules
         )
         self.moves_apart = units(rules.moves_apart)
+        self._choosable = tuple(name for name in self.names if name != spread_distribution.BASKET)
         self._settled = functools.cache(self._settle_shipped)
 
     def draw(self, number: int) -> tuple[Placement, dict[str, int]]:
@@ -92,7 +97,7 @@ class PlacementJudge:
         ):
             if not self.settles(placement, number):
                 refused["settling"] += 1
-            elif not self.solved(placement, number):
+            elif not all(self.solved(placement, number, target) for target in self._targets(number)):
                 refused["expert"] += 1
             else:
                 return placement, refused
@@ -116,10 +121,18 @@ class PlacementJudge:
                 return False
         return True
 
-    def solved(self, placement: Placement, seed: int) -> bool:
-        """Whether the scripted expert solves it within the suite's horizon."""
+    def _targets(self, number: int) -> tuple[str, ...]:
+        """The objects that the expert must be able to bring, each by itself."""
+        if self._suite != choice.SUITE:
+            return (self._target,)
+        return self._choosable if number < spread.EVALUATION_STATES[self._suite] else ()
+
+    def solved(self, placement: Placement, seed: int, target: str) -> bool:
+        """Whether the scripted expert brings ``target`` where the task wants it, within the suite's horizon."""
         env = self._env
         env.reset(seed, spread.moved_state(self.shipped_ND, self.moves, placement), rebuild=False)
+        relation, _, goal = env.simulator.parsed_problem["goal_state"][0]
+        env.simulator.parsed_problem["goal_state"] = [[relation, target, goal]]  # what expert and predicate read
         for step, action in enumerate(ScriptedExpert(env).actions()):
             if step == env.horizon:
                 return False
@@ -193,21 +206,21 @@ def drawn(path: Path) -> dict[int, Placement]:
 
 def join(suite: str, out: Path) -> SpreadList:
     """Join every task whose evaluation placements are complete; demonstrations count up to the first gap."""
-    tasks = []
+    tasks, first = [], spread.EVALUATION_STATES[suite]
     for path in sorted(out.glob(f"{suite}_*.jsonl")):
         placements = drawn(path)
-        if not all(number in placements for number in range(EVALUATION_STATES)):
+        if not all(number in placements for number in range(first)):
             log.warning("%s: %d placements, left out", path.name, len(placements))
             continue
-        last = EVALUATION_STATES
+        last = first
         while last in placements:
             last += 1
         head = TaskSpread.parse(path.read_text(encoding="utf-8").splitlines()[0], str(path), InputError)
         tasks.append(
             head.model_copy(
                 update={
-                    "evaluation": tuple(placements[i] for i in range(EVALUATION_STATES)),
-                    "demonstrations": tuple(placements[i] for i in range(EVALUATION_STATES, last)),
+                    "evaluation": tuple(placements[i] for i in range(first)),
+                    "demonstrations": tuple(placements[i] for i in range(first, last)),
                 }
             )
         )
@@ -239,7 +252,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=list(spread.BASES), required=True)
     parser.add_argument("--tasks", type=int, nargs="+", help="all if left out")
     parser.add_argument("--out", type=Path, required=True, help="folder of drawn placements")
-    parser.add_argument("--evaluation-only", action="store_true", help="states 0 to 49, no demonstrations yet")
+    parser.add_argument("--evaluation-only", action="store_true", help="no demonstrations yet")
     parser.add_argument("--join", action="store_true", help="write placements/SUITE.json from what is drawn")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -248,7 +261,7 @@ def main() -> None:
         write_atomic(Path(__file__).parent / "placements" / f"{options.suite}.json", one_line_a_task(joined))
         log.info("tasks %s; digest: %s", [task.task for task in joined.tasks], spread.digest_of(joined))
         return
-    last = EVALUATION_STATES + (0 if options.evaluation_only else DEMONSTRATIONS[options.suite])
+    last = spread.EVALUATION_STATES[options.suite] + (0 if options.evaluation_only else DEMONSTRATIONS[options.suite])
     for index in options.tasks if options.tasks is not None else range(suites.task_count(options.suite)):
         draw_task(options.suite, index, range(last), options.out)
 

@@ -1,14 +1,15 @@
 """LIBERO's suites and tasks, and ours with spread: names, instructions, episode lengths and initial states.
 
 Initial states have numbers. In LIBERO's own suites they are the 50 shipped ones, for evaluation and demonstrations
-alike. A suite with spread (spread.py) has the tasks of its base, and other states: 0 to 49 for evaluation, from 50 on
-for demonstrations.
+alike. A suite with spread (spread.py) has the tasks of its base, and other states: the first ones (0 to 49; 0 to 23 in
+libero_object_choice) for evaluation, those behind them for demonstrations. In libero_object_choice (choice.py) a state
+also says which scene it is in.
 
 Non-obvious:
 - ``libero_10`` is the suite the literature calls "Long"; it is one suite of ten tasks, not ten suites.
 - The instruction is the task's file name in words, as published policies are trained and evaluated with. The
   ``:language`` line of the task's BDDL file can be worded differently ("Pick the milk", "pick up the milk").
-- The packages register dozens of perturbed suites; only the five public ones and our own two are named here.
+- The packages register dozens of perturbed suites; only the five public ones and our own three are named here.
 - Task names, BDDL files and instructions do not tell a suite with spread from its base.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import UnknownName
-from geomcache.pipeline.sim import spread
+from geomcache.pipeline.sim import choice, spread
 from geomcache.pipeline.sim.system import missing_part_named, quiet_simulator, require_simulator
 
 # Suite -> the most control steps of one evaluation episode, after settling (OpenVLA's and openpi's numbers).
@@ -45,7 +46,7 @@ class TaskInfo:
     index: int
     name: str  # LIBERO's task name; the demonstration file is <name>_demo.hdf5
     instruction: str
-    bddl_path: Path
+    bddl_path: Path  # LIBERO's own file
     n_init_states: int  # those that evaluation uses: 0 to n - 1
 
 
@@ -98,10 +99,11 @@ def all_instructions() -> tuple[str, ...]:
 def demo_states(suite: str, index: int) -> range:
     """The numbers of the initial states from which demonstrations are recorded; see the module's first lines."""
     task_info(suite, index)  # so that an unknown name is told as such
+    evaluation = _evaluation_states(suite, index)
     if suite in spread.BASES:
-        first, listed = spread.EVALUATION_STATES, len(spread.task_spread(suite, index).demonstrations)
-        return range(first, first + listed)
-    return _evaluation_states(suite, index)
+        demonstrations = len(spread.task_spread(suite, index).demonstrations) * _states_of_a_placement(suite)
+        return range(len(evaluation), len(evaluation) + demonstrations)
+    return evaluation
 
 
 def init_state(suite: str, index: int, i: int) -> NDArray[np.float64]:
@@ -117,10 +119,42 @@ def init_state(suite: str, index: int, i: int) -> NDArray[np.float64]:
             found=str(i),
             fix="use a smaller index, or take it modulo the number of initial states",
         )
-    shipped_ND = _shipped_states(suite, index)
+    scene, number = _scene(suite, index, i)
+    shipped_ND = _shipped_states(suite, scene)
     if suite in spread.BASES:
-        return spread.task_spread(suite, index).state(i, shipped_ND)
-    return np.array(shipped_ND[i], dtype=np.float64)
+        return spread.task_spread(suite, scene).state(number, shipped_ND)
+    return np.array(shipped_ND[number], dtype=np.float64)
+
+
+def scene_bddl(suite: str, index: int, i: int) -> str | None:
+    """BDDL text of the scene that initial state ``i`` of a task is in; None: the one that the task's own file has."""
+    scene, _ = _scene(suite, index, i)
+    if scene == index:
+        return None
+    return choice.with_task_of(_bddl(suite, scene), _bddl(suite, index))
+
+
+def instructions_at(suite: str, index: int, i: int) -> list[str]:
+    """What a policy can be told at initial state ``i``: the instructions of the suite's tasks.
+
+    In the choice suite only those whose object is in the scene.
+    """
+    if suite != choice.SUITE:
+        return list(instructions(suite))
+    scene, _ = _scene(suite, index, i)
+    objects = choice.objects_of(_bddl(suite, scene))
+    return [told for other, told in enumerate(instructions(suite)) if choice.target_of(_bddl(suite, other)) in objects]
+
+
+@functools.cache
+def goal_state(suite: str, instruction: str) -> tuple[tuple[str, ...], ...]:
+    """The goal predicates of the first task of ``suite`` that has this instruction, as LIBERO's parser reads them."""
+    path = _benchmark(suite).get_task_bddl_file_path(instructions(suite).index(instruction))
+    with missing_part_named(), quiet_simulator():
+        from libero.libero.envs import bddl_utils
+
+        problem = bddl_utils.robosuite_parse_problem(path)
+    return tuple(map(tuple, problem["goal_state"]))
 
 
 def _require_suite(suite: str) -> None:
@@ -145,9 +179,26 @@ def _benchmark(suite: str) -> Any:
         return benchmark.get_benchmark_dict()[spread.BASES.get(suite, suite)]()
 
 
+def _scene(suite: str, index: int, i: int) -> tuple[int, int]:
+    """(the task whose scene initial state ``i`` is in, the state's number among that task's placements or states)."""
+    if suite != choice.SUITE:
+        return index, i
+    scenes = [choice.objects_of(_bddl(suite, scene)) for scene in range(task_count(suite))]
+    return choice.scene_and_layout(choice.target_of(_bddl(suite, index)), scenes, i)
+
+
+def _states_of_a_placement(suite: str) -> int:
+    return choice.STATES_OF_A_LAYOUT if suite == choice.SUITE else 1
+
+
+@functools.cache
+def _bddl(suite: str, index: int) -> str:
+    return Path(_benchmark(suite).get_task_bddl_file_path(index)).read_text(encoding="utf-8")
+
+
 def _evaluation_states(suite: str, index: int) -> range:
     if suite in spread.BASES:
-        return range(len(spread.task_spread(suite, index).evaluation))
+        return range(len(spread.task_spread(suite, index).evaluation) * _states_of_a_placement(suite))
     return range(len(_shipped_states(suite, index)))
 
 

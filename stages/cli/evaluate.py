@@ -27,7 +27,7 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="libero_spatial|object|goal|10|90, libero_object|spatial_spread; several with commas.",
+            help="libero_spatial|object|goal|10|90, libero_object|spatial_spread, libero_object_choice; with commas.",
             metavar="SUITE,...",
         ),
     ] = None,
@@ -187,6 +187,9 @@ def _show(results: "EvalResults") -> None:
         ["task", "instruction", "success", "interval"],
         rows,
     )
+    if results.told is not None:
+        done, interval = _cells(results.told)
+        typer.echo(f"what the policy was told instead of its task was done in {done} {interval}")
     queries = sum(episode.queries for episode in results.episodes)
     if queries:
         parts = [

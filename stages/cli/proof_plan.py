@@ -223,9 +223,11 @@ def evaluated(settings: "ProofConfig", arm: str, seed: int, cell: str) -> "Evalu
 
 def dry_run(settings: "ProofConfig", work: Work) -> list[Line]:
     """Every part that would be done or skipped, in the order of the work."""
+    from geomcache.pipeline.sim import suites
+
     known = costs(settings)
     demos = chain.demos_config(settings)
-    wanted = demos.episodes * max(1, len(demos.tasks))
+    wanted = demos.episodes * (len(demos.tasks) or suites.task_count(demos.suite))
     rows = wanted * _ROWS_PER_DEMO / demos.observe_every
     out = settings.out
     lines = [

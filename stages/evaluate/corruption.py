@@ -37,7 +37,7 @@ class Corruption(Schema):
     depth_scale: float = Field(default=0.0, ge=0, lt=1)  # one factor an episode and camera, uniform in 1 +- this
     depth_noise_m: float = Field(default=0.0, ge=0)  # standard deviation of Gaussian noise, metres, every pixel
     shuffle_geometry: bool = False  # tokens are made from the first frame of another initial state of the task
-    shuffle_instructions: bool = False  # the policy is told the instruction of another task of the suite
+    shuffle_instructions: bool = False  # the policy is told another instruction of suites.instructions_at
 
     @model_validator(mode="after")
     def _one_frame(self) -> Self:
@@ -109,7 +109,7 @@ def draw(
         cameras: names, in the contract's order.
         init_states: of the task, those that evaluation may use.
         own: the task's instruction.
-        instructions: of the suite's tasks.
+        instructions: that can be told; the own one may be among them.
 
     Raises:
         InputError: there is no other initial state, or no other instruction, to take.

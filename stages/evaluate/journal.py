@@ -26,6 +26,7 @@ from geomcache.stages.evaluate.results import (
     SuiteResult,
     read_results,
     task_results,
+    told_results,
 )
 
 
@@ -125,6 +126,7 @@ class Journal:
             conditions=self._conditions,
             finished=finished,
             overall=Success(**Success.counts(episodes)),
+            told=told_results(episodes),
             suites=tuple(
                 SuiteResult(suite=suite, horizon=config.horizon or suites.horizon(suite), **Success.counts(own))
                 for suite in config.suites

@@ -51,6 +51,9 @@ class EpisodeResult(Schema):
     queries: int
     restarts: int = 0  # simulators that died or hung over this episode before it was finished
     drawn: Drawn = Drawn()  # for the camera orbit and the rulers
+    # The goal of the task that the policy was told about instead held at a step; None: it was told its own, or the
+    # scene has not what the other is about.
+    told_success: bool | None = None
     motion: MotionMetrics | None  # None: too few steps
     grasp: GraspMetrics | None  # None: the task has nothing to grasp
     seconds: EpisodeSeconds
@@ -75,7 +78,11 @@ class Success(Schema):
     @classmethod
     def counts(cls, episodes: Iterable[EpisodeResult]) -> dict[str, float]:
         """The fields for ``episodes``."""
-        found = [episode.success for episode in episodes]
+        return cls.of([episode.success for episode in episodes])
+
+    @staticmethod
+    def of(found: Sequence[bool]) -> dict[str, float]:
+        """The fields for episodes that succeeded or not."""
         low, high = wilson_interval(sum(found), len(found))
         rate = sum(found) / max(1, len(found))
         return {"episodes": len(found), "successes": sum(found), "rate": rate, "low": low, "high": high}
@@ -121,6 +128,7 @@ class EvalResults(VersionedSchema):
     conditions: Conditions
     finished: bool
     overall: Success
+    told: Success | None = None  # of what the policy was told instead of its task, in episodes where that is possible
     suites: tuple[SuiteResult, ...]
     tasks: tuple[TaskResult, ...]
     episodes: tuple[EpisodeResult, ...]
@@ -133,6 +141,12 @@ def task_results(episodes: Sequence[EpisodeResult]) -> tuple[TaskResult, ...]:
         for suite, task in sorted({(episode.suite, episode.task) for episode in episodes})
         if (own := [episode for episode in episodes if (episode.suite, episode.task) == (suite, task)])
     )
+
+
+def told_results(episodes: Iterable[EpisodeResult]) -> Success | None:
+    """Over the episodes in which the policy was told of another task that could be done there."""
+    found = [episode.told_success for episode in episodes if episode.told_success is not None]
+    return Success(**Success.of(found)) if found else None
 
 
 def filmstrip_name(suite: str, task: int) -> str:

@@ -107,7 +107,6 @@ def _episodes(config: EvalConfig, cameras: tuple[str, ...]) -> dict[EpisodeKey, 
     found = {}
     for suite, task in _tasks(config):
         info, horizon = suites.task_info(suite, task), config.horizon or suites.horizon(suite)
-        told = list(suites.instructions(suite)) if config.corruption.shuffle_instructions else []
         for seed in config.seeds:
             for i in range(config.first_init_state, config.first_init_state + config.episodes):
                 drawn = draw(
@@ -117,7 +116,7 @@ def _episodes(config: EvalConfig, cameras: tuple[str, ...]) -> dict[EpisodeKey, 
                     cameras=cameras,
                     init_states=info.n_init_states,
                     own=info.instruction,
-                    instructions=told,
+                    instructions=suites.instructions_at(suite, task, i),
                 )
                 first = seed == config.seeds[0] and i == config.first_init_state
                 found[suite, task, i, seed] = Episode(suite, task, i, seed, horizon, video=first, drawn=drawn)
@@ -272,6 +271,7 @@ def _result(finished: Finished, fingerprints: dict[str, str]) -> EpisodeResult:
         queries=finished.queries,
         restarts=finished.restarts,
         drawn=episode.drawn,
+        told_success=played.told_success,
         motion=played.motion,
         grasp=played.grasp,
         seconds=EpisodeSeconds(**finished.seconds),

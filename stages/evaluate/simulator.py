@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from geomcache.cache_schemas.contract import Contract
 from geomcache.pipeline.frames import FrameBatch, Observation
+from geomcache.pipeline.sim import suites
 from geomcache.pipeline.sim.camera_orbit import CAMERA as TURNED_CAMERA
+from geomcache.pipeline.sim.grasp_sensor import goal_holds
 from geomcache.pipeline.sim.libero_env import LiberoEnv
 from geomcache.stages.evaluate.corruption import Corruption, Drawn, EpisodeKey, Given
 from geomcache.stages.evaluate.metrics import GraspMetrics, MotionMetrics, TrackRecorder
@@ -75,6 +77,7 @@ class Played:
     seconds: dict[str, float]  # reset, physics, rendering
     frames: list[NDArray[np.uint8]]  # [V, H, W, 3] at some queries and at the end; none where nobody will look
     video: list[NDArray[np.uint8]] = field(default_factory=list)  # the same, at the video's frame rate
+    told_success: bool | None = None  # of what the policy was told instead of the task; see EpisodeResult
 
 
 Turn = Observation | Played  # the policy is asked, or the episode is over
@@ -102,6 +105,9 @@ class Simulator:
             self._reset(env, episode.seed, episode.init_state, episode.drawn.camera_orbit)
             self._recorder = TrackRecorder(env)
             self._recorder.begin()
+            told = episode.drawn.told
+            self._told_goal = None if told is None else suites.goal_state(episode.suite, told)
+            self._told_success = None if self._told_goal is None else goal_holds(env, self._told_goal)
         return self._observe()
 
     def advance(self, chunk_TA: NDArray[np.float32]) -> Turn:
@@ -114,6 +120,8 @@ class Simulator:
             with self._measured("physics"):
                 self._success = env.step(action_A)
                 self._recorder.step(action_A)
+                if self._told_goal is not None and self._told_success is False:
+                    self._told_success = goal_holds(env, self._told_goal)
             self._steps += 1
             self._film(env, episode)
             if self._success:
@@ -126,7 +134,16 @@ class Simulator:
         with self._measured("physics"):
             motion, grasp = self._recorder.metrics(self._success)
         shown = evenly(self._frames) if episode.video or not self._success else []
-        return Played(self._success, self._steps, motion, grasp, self._seconds, shown, self._video)
+        return Played(
+            self._success,
+            self._steps,
+            motion,
+            grasp,
+            self._seconds,
+            shown,
+            self._video,
+            told_success=self._told_success,
+        )
 
     def close(self) -> None:
         """Free the simulator."""

@@ -16,7 +16,7 @@ from geomcache.cache_schemas.base import Schema, VersionedSchema
 from geomcache.stages.evaluate.report.comparison import FEWEST_SEEDS, OverSeeds, Pairs, compare
 from geomcache.stages.evaluate.report.inputs import Evaluation
 from geomcache.stages.evaluate.report.table import Table, markdown, number
-from geomcache.stages.evaluate.results import Success
+from geomcache.stages.evaluate.results import Success, told_results
 from geomcache.stages.evaluate.statistics import (
     Unit,
     bootstrap_interval,
@@ -50,6 +50,7 @@ class Trained:
 class CellOutcome(Success):
     """An arm in a cell, over all its training seeds."""
 
+    told: Success | None = None  # of what it was told instead of its task (shuffle_instructions)
     by_seed: dict[int, Success]
 
 
@@ -208,6 +209,7 @@ def _cell(by_seed: Mapping[int, Evaluation]) -> CellOutcome:
     episodes = [episode for evaluation in by_seed.values() for episode in evaluation.results.episodes]
     return CellOutcome(
         **Success.counts(episodes),
+        told=told_results(episodes),
         by_seed={seed: evaluation.results.overall for seed, evaluation in by_seed.items()},
     )
 
@@ -294,7 +296,7 @@ def arms_table(results: ProofResults) -> Table:
 def success_table(results: ProofResults) -> Table:
     """Success in closed loop: a line an arm, a column a cell, with 95 % intervals."""
     cells = list(dict.fromkeys(cell for arm in results.arms for cell in arm.cells))
-    lines = [[arm.name, *(_shown(arm.cells.get(cell)) for cell in cells)] for arm in results.arms]
+    lines = [[arm.name, *(_told(arm.cells.get(cell)) for cell in cells)] for arm in results.arms]
     title = "success in closed loop, " + (
         "one training each" if _single(results) else "training seeds counted together"
     )
@@ -377,6 +379,11 @@ def results_page(results: ProofResults, command: str) -> str:
 
 def _single(results: ProofResults) -> bool:
     return all(len(arm.seeds) == 1 for arm in results.arms)
+
+
+def _told(found: CellOutcome | None) -> str:
+    """With what was done of what the policy was told instead."""
+    return _shown(found) + (f"; as told {_shown(found.told)}" if found is not None and found.told is not None else "")
 
 
 def _plain(found: Success | None) -> str:

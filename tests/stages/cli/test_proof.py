@@ -64,7 +64,7 @@ def test_every_seed_of_a_training_follows_the_training_seed() -> None:
     assert str(config.data[0].cache).endswith("caches/oracle_pointmap")
 
 
-@pytest.mark.parametrize("preset", ["tiny/proof", "tiny/smallest"])
+@pytest.mark.parametrize("preset", ["tiny/proof", "tiny/language", "tiny/smallest"])
 def test_every_arm_and_cell_of_the_presets_is_accepted_by_its_part(preset: str) -> None:
     """Options of backbones and compressors, suites, orbits and rulers included."""
     settings = load_config(ProofConfig, preset, [], {"out": Path("nowhere")})
@@ -221,6 +221,10 @@ def test_a_cell_of_some_arms_leaves_the_others_blank_and_can_be_compared_with_an
     table = success_table(results)
     assert table.columns == ["arm", "random", "ruler"]
     assert [line[-1] for line in table.cells] == ["-", "1/10 [0.02, 0.40]"]
+    shuffled = results.arms[1].cells["ruler"].model_copy(update={"told": results.arms[1].cells["random"]})
+    arm = results.arms[1].model_copy(update={"cells": {"wrong": shuffled}})
+    (line,) = success_table(results.model_copy(update={"arms": (arm,)})).cells
+    assert line == ["b", "1/10 [0.02, 0.40]; as told 10/10 [0.72, 1.00]"]
     first, second = results.comparisons
     assert (first.pairs.only_a, first.pairs.only_b, second.pairs.only_b) == (9, 0, 10)
     assert second.p_holm == pytest.approx(2 * 2 * 0.5**10)  # the smaller of two is doubled

@@ -46,6 +46,19 @@ def _written(out: Path, count: int = 2) -> Journal:
     return journal
 
 
+def test_what_was_told_is_counted_where_it_could_be_done(tmp_path: Path) -> None:
+    journal = _open(tmp_path)
+    journal.begin()
+    for key, told_success in zip(WANTED, (True, False, None, True), strict=True):
+        journal.add(episode(key, success=False, told_success=told_success))
+    told = journal.write_results(finished=True).told
+    assert told is not None
+    assert (told.successes, told.episodes) == (2, 3)
+    assert read_results(tmp_path).overall.successes == 0
+    _written(tmp_path / "plain")
+    assert read_results(tmp_path / "plain").told is None
+
+
 def test_a_line_that_a_kill_has_cut_is_played_again_and_spoils_no_other(tmp_path: Path) -> None:
     _written(tmp_path)
     path = tmp_path / JOURNAL_NAME
