@@ -64,7 +64,7 @@ def test_every_seed_of_a_training_follows_the_training_seed() -> None:
     assert str(config.data[0].cache).endswith("caches/oracle_pointmap")
 
 
-@pytest.mark.parametrize("preset", ["tiny/proof", "tiny/language", "tiny/smallest"])
+@pytest.mark.parametrize("preset", ["tiny/proof", "tiny/geometry", "tiny/language", "tiny/smallest"])
 def test_every_arm_and_cell_of_the_presets_is_accepted_by_its_part(preset: str) -> None:
     """Options of backbones and compressors, suites, orbits and rulers included."""
     settings = load_config(ProofConfig, preset, [], {"out": Path("nowhere")})
@@ -114,13 +114,12 @@ def test_arms_are_the_core_those_named_or_all() -> None:
     settings = load_config(ProofConfig, "tiny/proof", [], {})
     core = proof_plan.chosen(settings, None)
     assert tuple(core) == settings.core
-    assert core["qformer"] == ["random"]  # the orbit and the rulers wait until they are asked for
+    assert core["qformer"] == ["random"]  # the orbit waits until it is asked for
     assert core["blind"] == ["random"]  # a turned camera is nothing to a policy that sees nothing
     assert tuple(proof_plan.chosen(settings, "all")) == tuple(settings.arms)
     asked = proof_plan.chosen(settings, "qformer,none")
     assert tuple(asked) == ("qformer", "none")
-    assert "shuffled_geometry" in asked["qformer"]
-    assert "shuffled_geometry" not in asked["none"]
+    assert asked["qformer"] == ["random", "orbit"]
     assert proof_plan.caches_of(settings, ["none", "qformer"]) == ["oracle_pointmap"]
     with pytest.raises(InputError, match="no arm qfomer"):
         proof_plan.chosen(settings, "qfomer")
