@@ -140,6 +140,7 @@ def _report(settings: "ProofConfig", command: str, as_json: bool) -> "ProofResul
     """Of everything that stands, also of arms that were not asked for now."""
     from geomcache.pipeline.files import write_atomic
     from geomcache.stages.evaluate.report import proof as report
+    from geomcache.stages.evaluate.report import proof_tables as tables
 
     trained = proof_plan.standing(settings)
     rules = []
@@ -149,16 +150,16 @@ def _report(settings: "ProofConfig", command: str, as_json: bool) -> "ProofResul
         rules += [report.Rule(arm, cell, "at most", limit) for arm, limit in settings.gate.at_most.items()]
     results = report.make_results(trained, settings.comparisons, rules, proof_plan.costs(settings))
     write_atomic(settings.out / RESULTS_NAME, results.model_dump_json(indent=2))
-    write_atomic(settings.out / PAGE_NAME, report.results_page(results, command))
+    write_atomic(settings.out / PAGE_NAME, tables.results_page(results, command))
     pages = _pages(settings, trained)
     if as_json:
         show_values({**results.model_dump(mode="json"), "pages": list(map(str, pages))}, as_json)
         return results
-    for table in report.main_tables(results):
+    for table in tables.main_tables(results):
         if table is not None:
             show_table(*table)
-    for line in results.gate:
-        typer.echo(line.sentence)
+    for sentence in [line.sentence for line in results.comparisons] + [line.sentence for line in results.gate]:
+        typer.echo(sentence)
     typer.echo(f"results: {settings.out / PAGE_NAME}")
     for page in pages:
         typer.echo(f"report: {page}")

@@ -125,10 +125,9 @@ def compare_training_seeds(evaluations: Sequence[Evaluation]) -> tuple[TrainingS
     for arm, trained in arms.items():
         seeds = sorted(trained.keys() & arms.get(baseline, {}).keys())
         if arm != baseline and len(seeds) >= FEWEST_SEEDS:
-            values = [_count(_paired(arms[baseline][seed], trained[seed])).difference for seed in seeds]
-            mean, low, high = mean_interval(values)
+            values = {seed: _count(_paired(arms[baseline][seed], trained[seed])).difference for seed in seeds}
             a, b = (_arm_name(one, arms) for one in (baseline, arm))
-            found.append(TrainingSeeds(a=a, b=b, seeds=tuple(seeds), mean=mean, low=low, high=high))
+            found.append(TrainingSeeds(a=a, b=b, **dict(over_seeds(values) or {})))
     return tuple(found)
 
 
@@ -225,9 +224,7 @@ def _compare(a: Evaluation, b: Evaluation) -> Comparison:
         units.setdefault((left.suite, left.task, left.init_state), []).append(difference)
         seeds.setdefault(left.seed, []).append(difference)
         tasks.setdefault((left.suite, left.task), []).append((left, right))
-    # with few pairs a bootstrap knows too little: of three equal ones it is certain
-    intervals = bootstrap_interval(units), paired_interval(counts.only_a, counts.only_b, counts.count)
-    low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
+    low, high = difference_interval(units, counts)
     p = mcnemar(counts.only_a, counts.only_b)
     only_a, only_b = a.by_key().keys() - b.by_key().keys(), b.by_key().keys() - a.by_key().keys()
     return Comparison(
@@ -248,7 +245,7 @@ def _compare(a: Evaluation, b: Evaluation) -> Comparison:
             f"only in {each.name}: {line}" for each, keys in ((a, only_a), (b, only_b)) for line in name_episodes(keys)
         ),
         notes=tuple(_notes(a, b)),
-        evaluation_seeds=_over_seeds(seeds),
+        evaluation_seeds=over_seeds({seed: sum(values) / len(values) for seed, values in seeds.items()}),
         tasks=tuple(
             TaskPairs(suite=suite, task=task, instruction=own[0][0].instruction, **_count(own).model_dump())
             for (suite, task), own in sorted(tasks.items())
@@ -256,11 +253,24 @@ def _compare(a: Evaluation, b: Evaluation) -> Comparison:
     )
 
 
-def _over_seeds(differences: Mapping[int, Sequence[float]]) -> OverSeeds | None:
+def difference_interval(units: Mapping[Unit, Sequence[float]], pairs: Pairs) -> tuple[float, float]:
+    """95 % interval of a difference of success rates: hierarchical bootstrap, no narrower than of the pairs alone.
+
+    Args:
+        units: (suite, task, state) -> B's success less A's, of each of its seeds.
+        pairs: the same, counted.
+    """
+    # with few pairs a bootstrap knows too little: of three equal ones it is certain
+    intervals = bootstrap_interval(units), paired_interval(pairs.only_a, pairs.only_b, pairs.count)
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
+def over_seeds(differences: Mapping[int, float]) -> OverSeeds | None:
+    """Of each seed's difference; None of fewer than 3."""
     if len(differences) < FEWEST_SEEDS:
         return None
-    mean, low, high = mean_interval([sum(values) / len(values) for values in differences.values()])
-    return OverSeeds(seeds=tuple(sorted(differences)), mean=mean, low=low, high=high)
+    mean, low, high = mean_interval(list(differences.values()))
+    return OverSeeds(seeds=tuple(differences), mean=mean, low=low, high=high)
 
 
 def _notes(a: Evaluation, b: Evaluation) -> list[str]:
@@ -301,11 +311,11 @@ def _judged(found: Comparison, p_holm: float, comparisons: int) -> dict[str, obj
             f"differ so much that on others it may be nothing ({interval})"
         )
         return {**update, "verdict": "resolved on these tasks", "sentence": text}
-    text = f"not resolved: {change}, {interval}, {test}. {_power(found.pairs)}"
+    text = f"not resolved: {change}, {interval}, {test}. {power(found.pairs)}"
     return {**update, "verdict": "not resolved", "sentence": text}
 
 
-def _power(pairs: Pairs) -> str:
+def power(pairs: Pairs) -> str:
     """What these pairs could have shown, and how many would show the difference that they have."""
     share = pairs.discordant / pairs.count
     visible = visible_difference(pairs.count, share)

@@ -1,4 +1,4 @@
-"""What ``geomcache proof`` found: success of arms by cell, comparisons named beforehand, the gate; as tables.
+"""What ``geomcache proof`` found: success of arms by cell, comparisons named beforehand, the gate.
 
 A cell is a condition of evaluation; a side of a comparison is ARM/CELL. Pairs are (training seed, suite, task, initial
 state, evaluation seed), met by both sides. Over several training seeds they are counted together, and the differences
@@ -13,18 +13,18 @@ from typing import Literal, NamedTuple
 
 import geomcache
 from geomcache.cache_schemas.base import Schema, VersionedSchema
-from geomcache.stages.evaluate.report.comparison import FEWEST_SEEDS, OverSeeds, Pairs, compare
-from geomcache.stages.evaluate.report.inputs import Evaluation
-from geomcache.stages.evaluate.report.table import Table, markdown, number
-from geomcache.stages.evaluate.results import Success, told_results
-from geomcache.stages.evaluate.statistics import (
-    Unit,
-    bootstrap_interval,
-    holm,
-    mcnemar,
-    mean_interval,
-    paired_interval,
+from geomcache.stages.evaluate.report.comparison import (
+    FEWEST_SEEDS,
+    OverSeeds,
+    Pairs,
+    compare,
+    difference_interval,
+    over_seeds,
+    power,
 )
+from geomcache.stages.evaluate.report.inputs import Evaluation
+from geomcache.stages.evaluate.results import Success, told_results
+from geomcache.stages.evaluate.statistics import LEVEL, Unit, holm, mcnemar
 from geomcache.stages.train.run import TrainResult
 
 
@@ -82,6 +82,26 @@ class PairedOutcome(Schema):
     p_holm: float  # the same, corrected for the number of comparisons in this file
     by_seed: dict[int, float]  # training seed -> difference
     over_seeds: OverSeeds | None  # with at least 3 training seeds
+
+    @property
+    def supported(self) -> bool:
+        """Corrected p below 0.05, and the same sign with each of at least 3 training seeds."""
+        signs = {(value > 0) - (value < 0) for value in self.by_seed.values()}
+        return self.p_holm < LEVEL and len(self.by_seed) >= FEWEST_SEEDS and signs in ({1}, {-1})
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        said = "supported" if self.supported else "not resolved"
+        text = f"{self.b} against {self.a}: {said} ({100 * self.difference:+.1f} pp, corrected p = {self.p_holm:.2g})."
+        if self.supported:
+            return text
+        if self.p_holm < LEVEL:
+            few = len(self.by_seed) < FEWEST_SEEDS
+            return f"{text} " + (
+                f"It takes {FEWEST_SEEDS} training seeds." if few else "The training seeds disagree about its sign."
+            )
+        return f"{text} {power(self.pairs)}."
 
 
 class Judgement(Schema):
@@ -225,7 +245,7 @@ def _paired(a: str, b: str, mine: Mapping[int, Evaluation], theirs: Mapping[int,
         for key in left.keys() & right.keys():
             difference = float(right[key].success) - float(left[key].success)
             units.setdefault(key[:3], []).append(difference)
-    intervals = bootstrap_interval(units), paired_interval(pairs.only_a, pairs.only_b, pairs.count)
+    low, high = difference_interval(units, pairs)
     by_seed = {seed: each.difference for seed, each in found.items()}
     p = mcnemar(pairs.only_a, pairs.only_b)
     return PairedOutcome(
@@ -233,20 +253,13 @@ def _paired(a: str, b: str, mine: Mapping[int, Evaluation], theirs: Mapping[int,
         b=b,
         pairs=pairs,
         difference=pairs.difference,
-        low=min(low for low, _ in intervals),
-        high=max(high for _, high in intervals),
+        low=low,
+        high=high,
         p=p,
         p_holm=p,
         by_seed=by_seed,
-        over_seeds=_over_seeds(by_seed),
+        over_seeds=over_seeds(by_seed),
     )
-
-
-def _over_seeds(by_seed: Mapping[int, float]) -> OverSeeds | None:
-    if len(by_seed) < FEWEST_SEEDS:
-        return None
-    mean, low, high = mean_interval(list(by_seed.values()))
-    return OverSeeds(seeds=tuple(by_seed), mean=mean, low=low, high=high)
 
 
 def _success(found: CellOutcome | None) -> Success | None:
@@ -272,123 +285,3 @@ def _extent(evaluation: Evaluation) -> str:
     tasks = ", ".join(str(task) for task in sorted({one.task for one in results.tasks}))
     states = f"{config.first_init_state} to {config.first_init_state + config.episodes - 1}"
     return f"{suites}, tasks {tasks}, initial states {states}, seeds {', '.join(map(str, config.seeds))}"
-
-
-def arms_table(results: ProofResults) -> Table:
-    """A line an arm: size, cost of its training, open-loop errors."""
-    columns = ["arm", "geometry", "parameters", "steps", "CPU s", "open loop", "held out", "mean action"]
-    lines = [
-        [
-            arm.name,
-            arm.geometry,
-            f"{arm.parameters:,}",
-            f"{arm.steps:,}",
-            number(arm.cpu_seconds, 0),
-            number(arm.open_loop_error, 3),
-            number(arm.held_out_error, 3),
-            number(arm.mean_action_error, 3),
-        ]
-        for arm in results.arms
-    ]
-    return Table("training" if _single(results) else "training, means over the seeds", columns, lines)
-
-
-def success_table(results: ProofResults) -> Table:
-    """Success in closed loop: a line an arm, a column a cell, with 95 % intervals."""
-    cells = list(dict.fromkeys(cell for arm in results.arms for cell in arm.cells))
-    lines = [[arm.name, *(_told(arm.cells.get(cell)) for cell in cells)] for arm in results.arms]
-    title = "success in closed loop, " + (
-        "one training each" if _single(results) else "training seeds counted together"
-    )
-    return Table(title, ["arm", *cells], lines)
-
-
-def seeds_table(results: ProofResults) -> Table | None:
-    """Successes by training seed; None where there is one seed."""
-    if _single(results):
-        return None
-    seeds = sorted({seed for arm in results.arms for seed in arm.seeds})
-    lines = [
-        [arm.name, cell, *(_plain(found.by_seed.get(seed)) for seed in seeds)]
-        for arm in results.arms
-        for cell, found in arm.cells.items()
-    ]
-    return Table("by training seed", ["arm", "cell", *(f"seed {seed}" for seed in seeds)], lines)
-
-
-def comparisons_table(results: ProofResults) -> Table | None:
-    """The comparisons named beforehand; None where there are none."""
-    columns = ["B against A", "pairs", "only A", "only B", "B less A, pp", "p", "p (Holm)", "by training seed, pp"]
-    lines = []
-    for each in results.comparisons:
-        seeds = ", ".join(f"{100 * value:+.0f}" for value in each.by_seed.values())
-        if each.over_seeds is not None:
-            mean, low, high = (
-                100 * value for value in (each.over_seeds.mean, each.over_seeds.low, each.over_seeds.high)
-            )
-            seeds += f"; mean {mean:+.1f} [{low:+.0f}, {high:+.0f}]"
-        lines.append(
-            [
-                f"{each.b} against {each.a}",
-                *map(str, (each.pairs.count, each.pairs.only_a, each.pairs.only_b)),
-                f"{100 * each.difference:+.1f} [{100 * each.low:+.0f}, {100 * each.high:+.0f}]",
-                f"{each.p:.2g}",
-                f"{each.p_holm:.2g}",
-                seeds,
-            ]
-        )
-    return Table("comparisons named beforehand", columns, lines) if lines else None
-
-
-def costs_table(results: ProofResults) -> Table:
-    """Wall and CPU seconds of every part."""
-    lines = [
-        [name, f"{cost.wall_seconds:.0f}", f"{cost.cpu_seconds:.0f}" if "/" in name else "-"]
-        for name, cost in results.costs.items()
-    ]
-    return Table("what each part took", ["part", "wall s", "CPU s of its process"], lines)
-
-
-def main_tables(results: ProofResults) -> tuple[Table | None, ...]:
-    """All but the costs, in order."""
-    return success_table(results), arms_table(results), seeds_table(results), comparisons_table(results)
-
-
-def results_page(results: ProofResults, command: str) -> str:
-    """results.md."""
-    parts = [
-        f"# Results of `{command}`\n",
-        f"geomcache {results.geomcache_version} on {results.machine}; "
-        + ", ".join(f"{package} {version}" for package, version in results.packages.items() if package != "geomcache")
-        + ".\n",
-        *(f"Evaluated: {line}.\n" for line in results.evaluated),
-    ]
-    if results.gate:
-        parts += ["## Gate\n", "\n".join(f"- {line.sentence}" for line in results.gate) + "\n"]
-    for table in (*main_tables(results), costs_table(results)):
-        if table is not None:
-            parts += [f"## {table.title[0].upper()}{table.title[1:]}\n", markdown(table)]
-    if results.missing:
-        parts.append(
-            "Not compared, a side was not evaluated: "
-            + ", ".join(f"{b} against {a}" for a, b in results.missing)
-            + ".\n"
-        )
-    return "\n".join(parts)
-
-
-def _single(results: ProofResults) -> bool:
-    return all(len(arm.seeds) == 1 for arm in results.arms)
-
-
-def _told(found: CellOutcome | None) -> str:
-    """With what was done of what the policy was told instead."""
-    return _shown(found) + (f"; as told {_shown(found.told)}" if found is not None and found.told is not None else "")
-
-
-def _plain(found: Success | None) -> str:
-    return "-" if found is None else f"{found.successes}/{found.episodes}"
-
-
-def _shown(found: Success | None) -> str:
-    return "-" if found is None else f"{_plain(found)} [{found.low:.2f}, {found.high:.2f}]"

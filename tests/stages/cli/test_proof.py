@@ -20,15 +20,8 @@ from geomcache.stages.cli import chain, proof, proof_plan
 from geomcache.stages.cli.app import app
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.evaluate.report.inputs import open_evaluation
-from geomcache.stages.evaluate.report.proof import (
-    Cost,
-    Rule,
-    Trained,
-    comparisons_table,
-    make_results,
-    results_page,
-    success_table,
-)
+from geomcache.stages.evaluate.report.proof import Cost, Rule, Trained, make_results
+from geomcache.stages.evaluate.report.proof_tables import comparisons_table, results_page, success_table
 from geomcache.stages.evaluate.results import EpisodeKey
 from geomcache.stages.train.checkpoint import latest_checkpoint, read_card, weights_digest
 from geomcache.stages.train.run import TrainResult
@@ -191,6 +184,7 @@ def test_pairs_of_all_training_seeds_are_counted_together_and_seeds_stay_beside_
         "+30, +20, +10; mean +20.0 [-5, +45]",
         "| train/none/seed_0 | 7 | 6 |",
         "gone/random against none/random",
+        "- b/random against none/random: not resolved (+20.0 pp, corrected p = 0.062). With these 30 pairs",
         "libero_object, tasks 0, initial states 0 to 9, seeds 7",
     ):
         assert said in page, page
@@ -207,6 +201,7 @@ def test_seeds_of_one_placement_are_drawn_together(tmp_path: Path) -> None:
     (found,) = make_results(trained, [("none/random", "b/random")], [], {}).comparisons
     assert (found.pairs.count, found.difference) == (60, pytest.approx(0.5))
     assert (found.low, found.high) == (pytest.approx(0.2), pytest.approx(0.8))
+    assert found.sentence == "b/random against none/random: supported (+50.0 pp, corrected p = 1.9e-09)."
     (turned,) = make_results(trained, [("b/random", "none/random")], [], {}).comparisons
     assert (turned.low, turned.difference, turned.high) == pytest.approx((-0.8, -0.5, -0.2))
 
@@ -231,6 +226,24 @@ def test_a_cell_of_some_arms_leaves_the_others_blank_and_can_be_compared_with_an
     assert compared is not None
     assert compared.cells[0][:4] == ["b/ruler against b/random", "10", "9", "0"]
     assert results.passed
+
+
+@pytest.mark.parametrize(
+    ("wins", "said"),
+    [
+        (({*STATES}, {*STATES}), "not resolved (+100.0 pp, corrected p = 1.9e-06). It takes 3 training seeds."),
+        (({*STATES}, {*STATES}, set()), "not resolved (+66.7 pp, corrected p = 1.9e-06). The training seeds disagree"),
+        (({0}, {1}, {2}), "not resolved (+10.0 pp, corrected p = 0.25). With these 30 pairs a difference below about"),
+    ],
+)
+def test_a_difference_is_supported_by_three_seeds_of_one_sign_or_not_at_all(
+    wins: tuple[set[int], ...], said: str, tmp_path: Path
+) -> None:
+    trained = [_trained(tmp_path, "none", seed, {"random": set()}) for seed in range(len(wins))]
+    trained += [_trained(tmp_path, "b", seed, {"random": won}) for seed, won in enumerate(wins)]
+    (found,) = make_results(trained, [("none/random", "b/random")], [], {}).comparisons
+    assert found.sentence.startswith(f"b/random against none/random: {said}")
+    assert not found.supported
 
 
 def test_what_a_part_costs_adds_up_over_stops_and_begins_anew_with_its_folder(tmp_path: Path) -> None:
