@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from geomcache.stages.cli.common import JsonOption, show_values
+from geomcache.stages.cli.common import JsonOption, say, show_values
 
 
 def export(
@@ -32,6 +32,8 @@ def export(
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     scores = [f"{one.suite} {one.successes}/{one.episodes}" for one in record.measured]
     values = {"policy": str(out), "parameters": record.parameters, "dtype": record.dtype}
+    if record.unfinished:
+        say(f"the training of {run} is unfinished: {record.unfinished}")
     if as_json:
         show_values({**values, "bytes": size, "measured": scores}, as_json)
         return

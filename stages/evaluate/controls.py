@@ -10,7 +10,6 @@ from pathlib import Path
 from geomcache.cache_schemas.base import Schema
 from geomcache.cache_schemas.errors import InputError, UnknownName
 from geomcache.pipeline.config_errors import parse_config
-from geomcache.pipeline.pack.reader import PackReader
 from geomcache.stages.evaluate.config import EvalConfig
 from geomcache.stages.evaluate.corruption import Corruption
 from geomcache.stages.evaluate.live_policy import is_shown_images
@@ -19,7 +18,7 @@ from geomcache.stages.evaluate.report.table import compare_folders
 from geomcache.stages.evaluate.results import Success, read_results
 from geomcache.stages.train.checkpoint import latest_checkpoint, read_card
 from geomcache.stages.train.config import TrainConfig
-from geomcache.stages.train.run import read_config, read_result, run_of
+from geomcache.stages.train.run import read_config, read_result, require_packs, run_of
 
 BLIND = "blind"
 CONTROLS = (BLIND,)
@@ -76,9 +75,15 @@ def blind_training(run: Path) -> TrainConfig:
         )
     wanted = _without_sight(config, folder / _FOLDER / BLIND)
     if is_trained(wanted):
-        _require_same_packs(wanted.out, read_card(latest_checkpoint(wanted.out)).packs, card.packs)
+        if read_card(latest_checkpoint(wanted.out)).packs != card.packs:
+            raise InputError(
+                f"the run and its blind control in {wanted.out} are of different data",
+                expected="the packs that the run was trained on",
+                found="others: the run was trained again since",
+                fix=f"delete {wanted.out}; it is trained again",
+            )
     else:
-        _require_packs(folder, config, card.packs)
+        require_packs(folder, config, card.packs)
     return wanted
 
 
@@ -163,30 +168,3 @@ def _without_sight(config: TrainConfig, out: Path) -> TrainConfig:
     )
     changed = config.model_copy(update={"out": out, "policy": blind, "mapanything_model_path": None})
     return parse_config(TrainConfig, changed.model_dump(mode="json"), f"the blind control of {config.out}")
-
-
-def _require_packs(folder: Path, config: TrainConfig, packs: tuple[str, ...]) -> None:
-    """The control's data must be the run's, where the run says they are."""
-    missing = [str(pair.pack) for pair in config.data if not pair.pack.exists()]
-    if missing:
-        raise InputError(
-            f"the blind control of {folder} cannot be trained: the run's data are gone",
-            expected=f"the packs that {folder}/config.yaml names",
-            found=f"no {', '.join(missing)}",
-            fix="put them back there (a link will do), or leave --control out",
-        )
-    found = []
-    for pair in config.data:
-        with PackReader(pair.pack) as pack:
-            found.append(pack.info.digest)
-    _require_same_packs(folder, packs, tuple(found))
-
-
-def _require_same_packs(where: Path, mine: tuple[str, ...], theirs: tuple[str, ...]) -> None:
-    if mine != theirs:
-        raise InputError(
-            f"the run and its blind control in {where} would be of different data",
-            expected="the packs that the run was trained on",
-            found="packs with another digest: rebuilt, or the run was trained again since",
-            fix=f"delete {where} and train it again" if where.name == BLIND else "give back the run's packs",
-        )

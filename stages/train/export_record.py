@@ -52,8 +52,15 @@ class ExportRecord(VersionedSchema):
     parameters: int
     seed: int  # of training
     samples_per_step: int
+    steps: int | None = None  # optimiser steps so far; None in exports of old, which were of finished runs
+    planned_steps: int | None = None  # of the whole training
     trained_on: tuple[TrainedOn, ...] = Field(min_length=1)
     measured: tuple[Measured, ...] = ()
+
+    @property
+    def unfinished(self) -> str | None:
+        """``step 400 of 500``; None of a finished training."""
+        return None if self.steps == self.planned_steps else f"step {self.steps:,} of {self.planned_steps:,}"
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:

@@ -28,6 +28,7 @@ from geomcache.pipeline.files import (
     write_atomic,
     write_config,
 )
+from geomcache.pipeline.pack.reader import PackReader
 from geomcache.stages.train import validation
 from geomcache.stages.train.checkpoint import (
     BACKBONE_NAME,
@@ -239,6 +240,37 @@ def run_of(checkpoint: Path) -> tuple[Path, TrainConfig]:
             fix="name the run's folder, or a checkpoint where it was written",
         )
     return run, read_config(run)
+
+
+def require_packs(run: Path, config: TrainConfig, digests: tuple[str, ...]) -> None:
+    """The packs of a run must still lie where its settings say, and be those that it was trained on.
+
+    Args:
+        run: its folder.
+        config: its settings.
+        digests: of the packs, as its checkpoint's card has them.
+
+    Raises:
+        InputError: one is gone or another.
+    """
+    if missing := [str(pair.pack) for pair in config.data if not pair.pack.exists()]:
+        raise InputError(
+            f"the packs of {run} are gone, and with them what it was trained on",
+            expected=f"the packs that {run / CONFIG_NAME} names",
+            found=f"no {', '.join(missing)}",
+            fix="put them back there (a link will do)",
+        )
+    found = []
+    for pair in config.data:
+        with PackReader(pair.pack) as pack:
+            found.append(pack.info.digest)
+    if tuple(found) != digests:
+        raise InputError(
+            f"the packs of {run} are no longer those that it was trained on",
+            expected=", ".join(digest[:16] for digest in digests),
+            found=", ".join(digest[:16] for digest in found),
+            fix="put the old ones back, or train on the new ones: geomcache train --out OTHER",
+        )
 
 
 def _require_float32(policy: PolicyNet) -> None:

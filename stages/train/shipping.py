@@ -40,10 +40,9 @@ from geomcache.stages.train.checkpoint import (
     weights_digest,
     write_card,
 )
-from geomcache.stages.train.config import TrainConfig
 from geomcache.stages.train.export_record import Dtype, ExportRecord, Measured, TrainedOn
 from geomcache.stages.train.policy import PolicyNet
-from geomcache.stages.train.run import run_of
+from geomcache.stages.train.run import require_packs, run_of
 from geomcache.stages.train.shipping_card import data_card
 
 README_NAME = "README.md"
@@ -75,7 +74,8 @@ def export_policy(run: Path, out: Path, *, dtype: Dtype = "bf16", measured: Sequ
             fix="copy the folder, or export the run that it was made from",
         )
     card, (folder, config) = read_card(checkpoint), run_of(checkpoint)
-    trained_on = _trained_on(folder, config, card)
+    require_packs(folder, config, card.packs)
+    trained_on = tuple(_pack_record(pair.pack) for pair in config.data)
     policy = load_policy(checkpoint, card)
     make_folder(out.parent)
     temporary = temporary_name(out)
@@ -93,6 +93,8 @@ def export_policy(run: Path, out: Path, *, dtype: Dtype = "bf16", measured: Sequ
             averaged=has_averages(card),
             parameters=sum(parameter.numel() for parameter in policy.parameters()),
             seed=config.seed,
+            steps=card.step,
+            planned_steps=config.steps,
             samples_per_step=config.batch_size * config.processes * config.gradient_accumulation_steps,
             trained_on=trained_on,
             measured=tuple(measured),
@@ -140,26 +142,6 @@ def _neutral(choice: Any, key: str) -> Any:
     if not isinstance(value, str) or not (Path(value).is_absolute() or value.startswith("~")):
         return choice
     return choice.model_copy(update={"config": {**choice.config, key: Path(value).name}})
-
-
-def _trained_on(folder: Path, config: TrainConfig, card: CheckpointCard) -> tuple[TrainedOn, ...]:
-    missing = [str(pair.pack) for pair in config.data if not pair.pack.exists()]
-    if missing:
-        raise InputError(
-            f"the packs of {folder} are gone, and with them what the policy was trained on",
-            expected=f"the packs that {folder}/config.yaml names",
-            found=f"no {', '.join(missing)}",
-            fix="put them back there (a link will do)",
-        )
-    found = tuple(_pack_record(pair.pack) for pair in config.data)
-    if tuple(one.pack for one in found) != card.packs:
-        raise InputError(
-            f"the packs of {folder} are no longer those that it was trained on",
-            expected=", ".join(digest[:16] for digest in card.packs),
-            found=", ".join(one.pack[:16] for one in found),
-            fix="put the old ones back, or train on the new ones: geomcache train --out OTHER",
-        )
-    return found
 
 
 def _pack_record(path: Path) -> TrainedOn:

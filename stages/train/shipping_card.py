@@ -32,7 +32,8 @@ def data_card(record: ExportRecord, card: CheckpointCard, size: int) -> str:
 | is given | {seen}{geometry}; the arm's state (8 numbers); an instruction |
 | gives | chunks of {dit.horizon} actions at {card.contract.control_rate_hz} Hz |
 | weights | {averaged}, {rounded}: {size / 1e6:.1f} MB |
-| trained | {card.step:,} optimiser steps of {record.samples_per_step} samples, seed {record.seed} |
+| trained | {card.step:,} optimiser steps of {record.samples_per_step} samples, seed {record.seed}\
+{f"; unfinished: {record.unfinished}" if record.unfinished else ""} |
 
 It acts, and cannot be trained further: the optimiser's state is not here. `card.json` says what the weights mean;
 `export.json` holds the figures of this page.

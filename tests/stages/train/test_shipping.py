@@ -117,6 +117,17 @@ def test_an_export_is_a_checkpoint_with_the_weights_that_act(run: Path, tmp_path
     assert read_record(out) == record
 
 
+def test_a_checkpoint_on_the_way_is_called_unfinished(
+    run: Path, pack_path: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    longer = train_briefly(tmp_path / "run", pack_path, caches["oracle_pointmap"], save_every=4)
+    record = export_policy(longer / "checkpoints" / "step_00000004", tmp_path / "half_way")
+    assert record.unfinished == "step 4 of 8"
+    assert "seed 3; unfinished: step 4 of 8 |" in (tmp_path / "half_way" / "README.md").read_text()
+    assert export_policy(run, tmp_path / "soup").unfinished is None
+    assert "unfinished" not in (tmp_path / "soup" / "README.md").read_text()
+
+
 def test_rounded_weights_act_almost_as_the_original(run: Path, tmp_path: Path) -> None:
     """On the pack's own rows, with the same noise; the space of normalised actions is about -1..1."""
     export_policy(run, tmp_path / "half")
