@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache_schemas.errors import UnknownName
+from geomcache.cache_schemas.fingerprint import digest_bytes
 from geomcache.pipeline.sim import choice, spread
 from geomcache.pipeline.sim.system import missing_part_named, quiet_simulator, require_simulator
 
@@ -124,6 +125,11 @@ def init_state(suite: str, index: int, i: int) -> NDArray[np.float64]:
     if suite in spread.BASES:
         return spread.task_spread(suite, scene).state(number, shipped_ND)
     return np.array(shipped_ND[number], dtype=np.float64)
+
+
+def init_state_digest(suite: str, index: int, i: int) -> str:
+    """Of an initial state's numbers: another list of states gives another one."""
+    return digest_bytes(init_state(suite, index, i).tobytes())
 
 
 def scene_bddl(suite: str, index: int, i: int) -> str | None:

@@ -45,6 +45,7 @@ class EpisodeResult(Schema):
     task_name: str
     instruction: str
     init_state: int
+    init_state_digest: str | None = None  # of the state's numbers; None: written by a geomcache that did not say
     seed: int
     success: bool
     steps: int  # control steps after settling

@@ -265,6 +265,7 @@ def _result(finished: Finished, fingerprints: dict[str, str]) -> EpisodeResult:
         task_name=info.name,
         instruction=info.instruction,
         init_state=episode.init_state,
+        init_state_digest=suites.init_state_digest(episode.suite, episode.task, episode.init_state),
         seed=episode.seed,
         success=played.success,
         steps=played.steps,

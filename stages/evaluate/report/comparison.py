@@ -189,7 +189,21 @@ def _paired(a: Evaluation, b: Evaluation) -> list[_Pair]:
             found="; ".join(differences),
             fix="evaluate one of them again with the settings of the other",
         )
-    return [(mine[key], theirs[key]) for key in common]
+    pairs = [(mine[key], theirs[key]) for key in common]
+    elsewhere = [
+        left.key
+        for left, right in pairs
+        if None not in (left.init_state_digest, right.init_state_digest)
+        and left.init_state_digest != right.init_state_digest
+    ]
+    if elsewhere:
+        raise InputError(
+            f"{a.name} and {b.name} cannot be paired: their initial states of the same number are others",
+            expected="the same lists of initial states, so the same releases of LIBERO and geomcache",
+            found="; ".join(name_episodes(elsewhere)),
+            fix="evaluate one of them again",
+        )
+    return pairs
 
 
 def _extent(evaluation: Evaluation) -> str:

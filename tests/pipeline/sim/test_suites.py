@@ -1,5 +1,7 @@
 """Suites and tasks by name; reads LIBERO's task lists, starts no simulation."""
 
+import hashlib
+
 import pytest
 
 from geomcache.cache_schemas.errors import UnknownName
@@ -15,7 +17,10 @@ def test_a_task_is_described() -> None:
     assert task.instruction == "pick up the alphabet soup and place it in the basket"
     assert task.bddl_path.is_file()
     assert task.n_init_states == 50
-    assert suites.init_state("libero_object", 0, 49).shape == (110,)
+    state = suites.init_state("libero_object", 0, 49)
+    assert state.shape == (110,)
+    content = (880).to_bytes(8, "little") + state.astype("<f8").tobytes()
+    assert suites.init_state_digest("libero_object", 0, 49) == hashlib.sha256(content).hexdigest()
 
 
 def test_every_suite_has_its_tasks_and_horizon() -> None:

@@ -144,6 +144,20 @@ def test_arms_trained_with_three_seeds_are_compared_over_them() -> None:
     ]
 
 
+def test_states_of_the_same_number_from_other_lists_are_not_paired() -> None:
+    """Another release of LIBERO, or another list of placements; what an older geomcache wrote does not say."""
+
+    def states(name: str, digest: str | None) -> Evaluation:
+        own = [episode(key, True, init_state_digest=digest if key[2] == 3 else "same") for key in keys(states=range(5))]
+        return Evaluation(name, Path(name), make_results(own), None, None)
+
+    with pytest.raises(InputError) as caught:
+        compare([states("a", "1"), states("b", "2")])
+    assert "initial states of the same number are others" in str(caught.value)
+    assert "libero_object tasks 0-1: initial states 3, seed 7" in str(caught.value)
+    assert only(states("a", "1"), states("b", None)).pairs.both == 10
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
