@@ -92,7 +92,7 @@ class PairedOutcome(Schema):
     @property
     def sentence(self) -> str:
         """For people."""
-        said = "supported" if self.supported else "not resolved"
+        said = "a difference is supported" if self.supported else "not resolved"
         text = f"{self.b} against {self.a}: {said} ({100 * self.difference:+.1f} pp, corrected p = {self.p_holm:.2g})."
         if self.supported:
             return text
