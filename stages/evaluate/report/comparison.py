@@ -125,9 +125,10 @@ def compare_training_seeds(evaluations: Sequence[Evaluation]) -> tuple[TrainingS
     for arm, trained in arms.items():
         seeds = sorted(trained.keys() & arms.get(baseline, {}).keys())
         if arm != baseline and len(seeds) >= FEWEST_SEEDS:
-            values = {seed: _count(_paired(arms[baseline][seed], trained[seed])).difference for seed in seeds}
+            values = [_count(_paired(arms[baseline][seed], trained[seed])).difference for seed in seeds]
+            mean, low, high = mean_interval(values)
             a, b = (_arm_name(one, arms) for one in (baseline, arm))
-            found.append(TrainingSeeds(a=a, b=b, **dict(over_seeds(values) or {})))
+            found.append(TrainingSeeds(a=a, b=b, seeds=tuple(seeds), mean=mean, low=low, high=high))
     return tuple(found)
 
 

@@ -113,6 +113,9 @@ def test_arms_are_the_core_those_named_or_all() -> None:
     asked = proof_plan.chosen(settings, "qformer,none")
     assert tuple(asked) == ("qformer", "none")
     assert asked["qformer"] == ["random", "orbit"]
+    rulers = proof_plan.chosen(load_config(ProofConfig, "tiny/geometry", [], {}), "qformer,none")
+    assert "shuffled_geometry" in rulers["qformer"]
+    assert "shuffled_geometry" not in rulers["none"]
     assert proof_plan.caches_of(settings, ["none", "qformer"]) == ["oracle_pointmap"]
     with pytest.raises(InputError, match="no arm qfomer"):
         proof_plan.chosen(settings, "qfomer")
